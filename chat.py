@@ -51,6 +51,7 @@ import time
 import unicodedata
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -68,7 +69,7 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from environs import Env, EnvError
 from mongomock_motor import AsyncMongoMockClient
 from motor.motor_asyncio import AsyncIOMotorClient
-from pymongo.errors import ConfigurationError, DuplicateKeyError, PyMongoError
+from pymongo.errors import DuplicateKeyError, PyMongoError
 
 HERE = Path(__file__).parent
 log = logging.getLogger("chat")
@@ -291,7 +292,8 @@ class LocalDatabase(Database):
         self.queue, self.keep = asyncio.Queue(), keep
 
     async def insert(self, collection, document: dict) -> None:
-        await super().insert(collection, document)
+        with self.doubt():
+            await super().insert(collection, document)
         self.queue.put_nowait((collection.name, "insert", document))
         # mongomock looks at every document for every query: let it have few.
         if self.keep and collection is self.messages and document["_id"] % 100 == 0:
@@ -299,10 +301,20 @@ class LocalDatabase(Database):
             await super().delete(collection, old)
 
     async def delete(self, collection, query: dict) -> None:
-        gone = await collection.find(query).to_list(length=None)
-        await super().delete(collection, query)
+        with self.doubt():
+            gone = await collection.find(query).to_list(length=None)
+            await super().delete(collection, query)
         for document in gone:
             self.queue.put_nowait((collection.name, "delete", document))
+
+    @contextmanager
+    def doubt(self):
+        """Where no answer came it may be done or not: as if the stream had broken."""
+        try:
+            yield
+        except BaseException:
+            self.queue.put_nowait(None)
+            raise
 
     async def changes(self) -> AsyncIterator[tuple | None]:
         yield None
@@ -317,13 +329,16 @@ async def open_database(settings: Settings) -> Database:
         db = AsyncMongoMockClient(tz_aware=True)[settings.MONGO_DB_NAME]
         await create_indexes(db)
         return LocalDatabase(db, keep=KEPT)
+    uri, client = settings.MONGO_HOST, None
     try:
-        return await asyncio.wait_for(connect(settings), 4)
-    except UNAVAILABLE as error:
+        client = AsyncIOMotorClient(uri, **CLIENT_OPTIONS)
+        return await asyncio.wait_for(connect(client, settings.MONGO_DB_NAME), 3.5)
+    except (*UNAVAILABLE, ValueError) as error:
         wanted = "a MongoDB URI, like mongodb://localhost:27017"
-        if not isinstance(error, ConfigurationError):
+        if client:
             wanted = f"the URI of a MongoDB that answers ({reason(error)})"
-        uri = re.sub(r"//.*@", "//***@", settings.MONGO_HOST).partition("?")[0]
+            client.close()
+        uri = re.sub(r"//.*@", "//***@", uri).partition("?")[0]
         raise WrongSetting("MONGO_HOST", uri, wanted) from None
 
 
@@ -335,16 +350,14 @@ CLIENT_OPTIONS = {
     "readConcernLevel": "majority",
     "readPreference": "primary",
     # A thread waits for each query: let none wait on when its asker has given up.
-    "serverSelectionTimeoutMS": DEADLINE * 1_000,
+    "serverSelectionTimeoutMS": 3_000,
     "connectTimeoutMS": DEADLINE * 1_000,
     "socketTimeoutMS": DEADLINE * 1_000,
 }
 
 
-async def connect(settings: Settings) -> Database:
-    client = AsyncIOMotorClient(settings.MONGO_HOST, **CLIENT_OPTIONS)
-    db = client[settings.MONGO_DB_NAME]
-    hello = await client.admin.command("hello")
+async def connect(client, name: str) -> Database:
+    db, hello = client[name], await client.admin.command("hello")
     await create_indexes(db)
     await db.messages.create_index([("user_id", 1), ("nonce", 1)], unique=True)
     # Who is not renewed for 45 seconds was on a process that has died.
@@ -371,7 +384,7 @@ class Model:
 
 # --- Users ---
 def fold(text: str) -> str:
-    """Make one of all spellings: `Ann`, `ann` and full-width `ａｎｎ` are one person."""
+    """Make all spellings one: `Ann`, `ann` and wide `ａｎｎ` are the same user."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -409,7 +422,7 @@ class User(Model):
         return user
 
     async def check(self, login: str, password: str) -> dict | None:
-        """Return whose name or email, and password, these are; take as long if no one's."""
+        """Return the user who has them; take as long to find that nobody has."""
         query = {"email_key" if "@" in login else "name_key": fold(login)}
         user = await answer(self.db.users.find_one(query))
         if user is None:
@@ -501,6 +514,7 @@ class Presence(Model):
 # but the chat itself.
 # ------------------------------------------------------------------------------
 PAGE = 50  # messages
+MALFORMED = (HttpProcessingError, web.RequestPayloadError)
 
 
 class TokenBucket:
@@ -613,7 +627,7 @@ async def read_form(request: web.Request) -> dict[str, str]:
         form = {name: data.get(name, "") for name in names}
         "".join(form.values()).encode()  # half a surrogate pair could not be stored
         return form
-    except (ValueError, LookupError, HttpProcessingError, web.RequestPayloadError):
+    except (ValueError, LookupError, *MALFORMED):
         raise web.HTTPBadRequest(text="The form could not be read.") from None
 
 
@@ -941,7 +955,7 @@ class WebSocket(web.View):
                 await connection.ws.send_json(reply)
 
     async def take(self, user: dict, event: dict, wait: float) -> dict | None:
-        """Store a message. Return what its sender alone is told: an error, a receipt."""
+        """Store a message. Return what only its sender is told: error or receipt."""
         room = self.request.app[ROOM]
         if code := find_fault(event, wait, room.settings.MAX_MESSAGE_LENGTH):
             return error_event(code, event)
@@ -999,9 +1013,9 @@ ROUTES = [
     ("POST", "/signout", SignOut, "signout"),
 ]
 
-# Scripts and styles from our own files only, frames only in a notebook on this machine.
+# Scripts and styles from our own files only; frames only in this machine's notebook.
 SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; object-src 'none'; "
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'self' http://localhost:* http://127.0.0.1:*",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",
@@ -1053,6 +1067,15 @@ async def close_room(app: web.Application) -> None:
     await app[ROOM].close()
 
 
+def in_one_line(record: logging.LogRecord) -> bool:
+    """Log a stranger's malformed request without a traceback: it is no fault of ours."""
+    error = record.exc_info and record.exc_info[1]
+    if isinstance(error, MALFORMED):
+        record.msg = f"{record.getMessage()}: {type(error).__name__}"
+        record.args = record.exc_info = None
+    return True
+
+
 def init_app(settings: Settings | None = None) -> web.Application:
     """Make the application; it starts when a runner starts it. Raises WrongSetting."""
     settings = settings or read_settings()
@@ -1069,6 +1092,7 @@ def init_app(settings: Settings | None = None) -> web.Application:
     app[SETTINGS], app[THROTTLE] = settings, make_throttle(settings.LOGIN_ATTEMPTS)
     aiohttp_jinja2.setup(app, loader=jinja2.FileSystemLoader(HERE / "templates"))
     add_routes(app)
+    logging.getLogger("aiohttp.server").addFilter(in_one_line)
     app.cleanup_ctx.extend([run_database, run_room])
     app.on_shutdown.append(close_room)
     return app

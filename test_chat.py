@@ -1,0 +1,1446 @@
+"""Tests of the chat, in the order of chat.py's sections; each name is a claim.
+
+    python -m pytest
+
+What is claimed of the chat holds in memory and on a real MongoDB, so most tests run on
+both. A test that needs a MongoDB, a browser or a tool that is not installed says so
+and is skipped, unless CI is set in the environment: there it fails.
+"""
+
+import asyncio
+import base64
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import aiohttp
+import pymongo
+import pytest
+from aiohttp.test_utils import TestClient, TestServer, unused_port
+from bson import ObjectId
+from cryptography.fernet import Fernet
+
+import chat
+
+HERE = Path(__file__).parent
+PASSWORD = "correct horse"
+# aiohttp-session 2.12 still keeps its session under a plain string key.
+WARNINGS = "error,ignore:It is recommended to use web:UserWarning"
+NO_MONGOD = (
+    "no mongod: pip install -r .ci/requirements.txt, or put MongoDB's own on the PATH"
+)
+NO_BROWSER = (
+    "no browser: pip install -r .ci/requirements.txt, and apt-get install chromium"
+)
+
+
+def need(thing, reason):
+    """Return a thing that a test needs; where there is none, skip, or fail in CI."""
+    if not thing:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    return thing
+
+
+# --- Real parts: MongoDB ---
+def find_mongod():
+    if path := shutil.which("mongod"):
+        return path
+    spec = importlib.util.find_spec("fiftyone")
+    for folder in spec.submodule_search_locations if spec else ():
+        path = Path(folder, "db", "bin", "mongod")
+        if path.exists():
+            path.chmod(path.stat().st_mode | stat.S_IXUSR)
+            return str(path)
+    return None
+
+
+class Mongod:
+    """A real MongoDB server that can be frozen, killed and started again."""
+
+    def __init__(self, folder, *options):
+        self.port, self.folder, self.options = unused_port(), folder, options
+        folder.mkdir()
+        self.start()
+
+    @property
+    def uri(self):
+        return f"mongodb://127.0.0.1:{self.port}"
+
+    def start(self):
+        address = ["--bind_ip", "127.0.0.1", "--port", str(self.port)]
+        store = ["--dbpath", self.folder, "--wiredTigerCacheSizeGB", "0.25"]
+        command = [find_mongod(), *address, *store, "--quiet", *self.options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        with pymongo.MongoClient(self.uri, directConnection=True) as client:
+            client.admin.command("ping")
+
+    def command(self, *command, **more):
+        with pymongo.MongoClient(self.uri, directConnection=True) as client:
+            return client.admin.command(*command, **more)
+
+    def freeze(self):
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self):
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class ReplicaSet:
+    """Real servers that hold the same data and elect one of them to take writes."""
+
+    def __init__(self, folder, size):
+        self.folder, options = folder, ["--replSet", "rs0"]
+        self.members = [Mongod(folder / str(n), *options) for n in range(size)]
+        hosts = [f"127.0.0.1:{member.port}" for member in self.members]
+        config = {"_id": "rs0", "settings": {"electionTimeoutMillis": 2000}}
+        config["members"] = [{"_id": n, "host": host} for n, host in enumerate(hosts)]
+        self.members[0].command("replSetInitiate", config)
+        self.uri = f"mongodb://{','.join(hosts)}/?replicaSet=rs0"
+        self.primary()
+
+    def primary(self):
+        """Return the member that takes writes, as soon as there is one."""
+        with pymongo.MongoClient(self.uri) as client:
+            client.admin.command("ping")
+            port = wait_for(lambda: client.primary)[1]
+        return next(member for member in self.members if member.port == port)
+
+    def kill(self):
+        for member in self.members:
+            member.thaw()
+            member.kill()
+
+
+def wait_for(claim, seconds=20):
+    """Wait until a claim holds and return what it gave."""
+    deadline = time.monotonic() + seconds
+    while not (found := claim()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+async def until(claim, seconds=20):
+    """Wait, while the chat in this process goes on, until a claim holds."""
+    deadline = time.monotonic() + seconds
+    while not (found := claim()):
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.02)
+    return found
+
+
+@pytest.fixture(scope="session")
+def mongodb(tmp_path_factory):
+    """The URI of a replica set with one member."""
+    need(find_mongod(), NO_MONGOD)
+    replica_set = ReplicaSet(tmp_path_factory.mktemp("mongodb"), size=1)
+    yield replica_set.uri
+    replica_set.kill()
+
+
+@pytest.fixture
+def standalone(tmp_path):
+    """A MongoDB of one's own, without a replica set."""
+    need(find_mongod(), NO_MONGOD)
+    mongod = Mongod(tmp_path / "standalone")
+    yield mongod
+    mongod.thaw()
+    mongod.kill()
+
+
+def on(uri, **more):
+    """Settings for a database of one's own at a URI."""
+    name = f"test-{ObjectId()}"
+    return chat.Settings(
+        MONGO_HOST=uri, MONGO_DB_NAME=name, SECRET_KEY="any text", **more
+    )
+
+
+@pytest.fixture(params=["in memory", "on MongoDB"])
+def settings(request):
+    """The default settings, for each of the two backends in turn."""
+    if request.param == "in memory":
+        return chat.Settings()
+    return on(request.getfixturevalue("mongodb"))
+
+
+# --- Real parts: the chat, here or in a process of its own ---
+@pytest.fixture
+async def serve():
+    """A function that serves the chat in this process; all are closed at the end."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def serve(settings):
+            server = TestServer(chat.init_app(settings))
+            await stack.enter_async_context(server)
+            server.visitor = lambda: stack.enter_async_context(TestClient(server))
+            return server
+
+        yield serve
+
+
+@pytest.fixture
+async def server(serve, settings):
+    return await serve(settings)
+
+
+class Process:
+    """`python chat.py`, as a user starts it."""
+
+    def __init__(self, **environment):
+        environment = {"PORT": "0", "PYTHONWARNINGS": WARNINGS} | environment
+        self.lines = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", HERE / "chat.py"],
+            env=clean_environment() | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_until_ready(self):
+        while "CTRL+C" not in "".join(self.lines):
+            line = self.process.stdout.readline()
+            assert line, self.process.stderr.read()
+            self.lines.append(line)
+        self.port = int(re.search(r"http://\S+:(\d+)", "".join(self.lines))[1])
+        return self
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self, number=signal.SIGINT, seconds=20):
+        """Stop it; return its exit code, what it said and what it complained of."""
+        self.process.send_signal(number)
+        return self.end(seconds)
+
+    def end(self, seconds=20):
+        """Wait until it ends by itself."""
+        output, errors = self.process.communicate(timeout=seconds)
+        return self.process.returncode, "".join(self.lines) + output, errors
+
+
+def clean_environment():
+    names = {field.name for field in chat.fields(chat.Settings)}
+    return {key: value for key, value in os.environ.items() if key not in names}
+
+
+@pytest.fixture
+def start():
+    """A function that starts the chat as a process; all are killed at the end."""
+    processes = []
+
+    def start(**environment):
+        processes.append(Process(**environment))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.process.kill()
+        process.process.communicate()
+
+
+# --- What people do ---
+def form(name, **more):
+    return {"login": name, "password": PASSWORD, "password2": PASSWORD} | more
+
+
+async def sign_in(server, name="ann", **more):
+    """Create an account as a browser would and return the visitor who has it."""
+    visitor = await server.visitor()
+    response = await visitor.post("/signin", data=form(name, **more))
+    assert (response.status, response.url.path) == (200, "/")
+    return visitor
+
+
+async def connect(visitor, after=None):
+    """Open a WebSocket, read up to `welcome`, and keep both with it."""
+    ws = await visitor.ws_connect("/ws" if after is None else f"/ws?after={after}")
+    ws.replayed = []
+    while (event := await read(ws))["type"] == "message":
+        ws.replayed.append(event)
+    assert event["type"] == "welcome"
+    ws.welcome = event
+    return ws
+
+
+async def read(ws, *types):
+    """Return the next event, or the next of one of these types."""
+    while True:
+        event = json.loads(await ws.receive_str(timeout=10))
+        if not types or event["type"] in types:
+            return event
+
+
+async def say(ws, text, nonce=None):
+    """Send a message and return its receipt."""
+    nonce = nonce or str(ObjectId())
+    await ws.send_json({"type": "message", "text": text, "nonce": nonce})
+    while (event := await read(ws, "message", "error")).get("nonce") != nonce:
+        pass
+    assert event["type"] == "message", event
+    return event
+
+
+async def closed(ws):
+    """Read what is left and return the close code."""
+    async for _ in ws:
+        pass
+    return ws.close_code
+
+
+def app_of(server):
+    return server.app
+
+
+def shown_ids(page):
+    return [int(number) for number in re.findall(r'data-id="(\d+)"', page)]
+
+
+# ==============================================================================
+# 1. Settings
+# ==============================================================================
+def test_every_setting_has_its_default(monkeypatch, tmp_path):
+    for name in chat.Settings.__dataclass_fields__:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(chat, "HERE", tmp_path)
+    assert chat.read_settings() == chat.Settings()
+
+
+def test_environment_wins_over_env_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(chat, "HERE", tmp_path)
+    (tmp_path / ".env").write_text("PORT=1234\nMONGO_DB_NAME=from-file\nDEBUG=true\n")
+    monkeypatch.setenv("PORT", "4321")
+    monkeypatch.delenv("DEBUG", raising=False)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    settings = chat.read_settings()
+    assert (settings.PORT, settings.MONGO_DB_NAME) == (4321, "from-file")
+    assert settings.DEBUG is True
+
+
+def test_example_has_every_setting_with_its_default_in_order():
+    lines = (HERE / ".env.example").read_text().splitlines()
+    assignments = [line for line in lines if line and not line.startswith("#")]
+    expected = []
+    for field in chat.fields(chat.Settings):
+        default = str(field.default).lower() if field.type is bool else field.default
+        expected.append(f"{field.name}={default}")
+    assert assignments == expected
+
+
+WRONG = {
+    "DEBUG=perhaps": "true or false",
+    "SECURE_COOKIES=2": "true or false",
+    "PORT=http": "a whole number",
+    "PORT=": "a whole number",
+    "PORT=65536": "from 0 to 65535",
+    "PORT=-1": "from 0 to 65535",
+    "MAX_MESSAGE_LENGTH=0": "from 1 to 10000",
+    "MAX_MESSAGE_LENGTH=10001": "from 1 to 10000",
+    "MESSAGES_PER_SECOND=0.5": "a whole number",
+    "MESSAGE_BURST=0": "from 1 to",
+    "LOGIN_ATTEMPTS=nan": "a whole number",
+    "MAX_UNSENT_BYTES=1": "from 1024 to",
+    "MONGO_DB_NAME=a.b": "letters, digits",
+    "MONGO_DB_NAME=": "letters, digits",
+    "MONGO_HOST=mongodb://127.0.0.1:1": "SECRET_KEY",
+}
+
+
+@pytest.mark.parametrize("assignment", WRONG)
+def test_wrong_setting_is_named_with_what_it_got_and_wants(monkeypatch, assignment):
+    name, _, value = assignment.partition("=")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(chat.WrongSetting) as caught:
+        chat.read_settings()
+    assert WRONG[assignment] in str(caught.value)
+    if name != "MONGO_HOST":
+        assert re.match(f"{name} is '?{value}'?; it must be ", str(caught.value))
+
+
+def test_env_file_that_is_no_text_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(chat, "HERE", tmp_path)
+    (tmp_path / ".env").write_bytes(b"PORT=\xff\xfe")
+    with pytest.raises(chat.WrongSetting, match="UTF-8"):
+        chat.read_settings()
+
+
+def test_inline_metadata_says_what_requirements_say():
+    source = (HERE / "chat.py").read_text()
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#.*$\s)+)^# ///$", source)
+    metadata = "".join(line[2:] for line in block["content"].splitlines(True))
+    inline = re.findall(r'^ *"(.+)",?$', metadata, re.MULTILINE)
+    chat_part = (HERE / "requirements.txt").read_text().split("\n\n")[0]
+    required = [line for line in chat_part.splitlines() if not line.startswith("#")]
+    assert sorted(inline) == sorted(required)
+    assert 'requires-python = ">=3.10"' in metadata
+
+
+# ==============================================================================
+# 2. Middlewares
+# ==============================================================================
+async def test_anonymous_visitor_is_sent_to_login(server):
+    visitor = await server.visitor()
+    for method, path in ("GET", "/"), ("GET", "/ws"), ("POST", "/signout"):
+        response = await visitor.request(method, path, allow_redirects=False)
+        assert (response.status, response.headers["Location"]) == (303, "/login")
+
+
+async def test_unknown_url_is_not_found_for_everybody(server):
+    for visitor in (await server.visitor(), await sign_in(server)):
+        for path in "/nothing", "/login/more", "/static/nothing", "/ws/", "/%ff%00":
+            assert (await visitor.get(path)).status == 404
+        assert (await visitor.get("/signout")).status == 405
+
+
+async def test_static_files_need_no_session(server):
+    visitor = await server.visitor()
+    for name in "chat.js", "chat.css", "favicon.svg":
+        response = await visitor.get(f"/static/{name}")
+        assert response.status == 200
+        assert response.headers["Cache-Control"] == "no-cache"
+    assert (await visitor.get("/static/../chat.py")).status == 404
+    assert (await visitor.get("/static/%2e%2e/chat.py")).status in {403, 404}
+
+
+FOREIGN = [
+    "http://evil.example",
+    "https://evil.example",
+    "null",
+    "",
+    "http://127.0.0.1",
+    "http://127.0.0.1:1",
+    "http://user@127.0.0.1:{port}@evil.example",
+    "http://127.0.0.1:{port}.evil.example",
+    "évil",
+]
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+async def test_other_origin_is_refused(server, origin):
+    ann = await sign_in(server)
+    headers = {"Origin": origin.format(port=server.port)}
+    for path in "/login", "/signin", "/signout":
+        response = await ann.post(path, data=form("eve"), headers=headers)
+        assert (response.status, "another site" in await response.text()) == (403, True)
+    with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
+        await ann.ws_connect("/ws", headers=headers)
+    assert (await ann.get("/", headers=headers)).status == 200  # changes nothing
+
+
+async def test_own_origin_may_write_also_behind_a_proxy(server):
+    ann = await sign_in(server)
+    own = {"Origin": f"http://127.0.0.1:{server.port}"}
+    proxied = {"Origin": "https://chat.example", "X-Forwarded-Host": "chat.example"}
+    for headers in own, proxied:
+        ws = await ann.ws_connect("/ws", headers=headers)
+        assert (await read(ws, "welcome"))["user"] == "ann"
+        response = await ann.post("/login", data=form("ann"), headers=headers)
+        assert (response.status, response.url.path) == (200, "/")
+
+
+async def test_every_page_carries_the_security_headers(server):
+    visitor = await server.visitor()
+    for path in "/login", "/nothing", "/static/chat.js":
+        headers = (await visitor.get(path)).headers
+        assert "default-src 'self'" in headers["Content-Security-Policy"]
+        assert "unsafe" not in headers["Content-Security-Policy"]
+        assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+async def test_database_that_does_not_answer_is_a_503_and_comes_back(serve, standalone):
+    server = await serve(on(standalone.uri))
+    ann = await sign_in(server)
+    standalone.freeze()
+    asked = time.monotonic()
+    responses = await asyncio.gather(*(ann.get("/") for _ in range(30)))
+    assert time.monotonic() - asked < 9  # a deadline, not a measurement: 5 are allowed
+    for response in responses:
+        assert (response.status, response.headers["Retry-After"]) == (503, "5")
+        assert "does not answer" in await response.text()
+    response = await ann.post("/login", data=form("ann"))
+    assert response.status == 503
+    standalone.thaw()
+    assert (await ann.get("/")).status == 200
+
+
+# ==============================================================================
+# 3. Database and models
+# ==============================================================================
+def test_names_in_all_spellings_are_one():
+    for spelling in "ann", "Ann", "ANN", "ａｎｎ", "Ａｎｎ":
+        assert chat.fold(spelling) == "ann"
+    assert chat.fold("Straße") == chat.fold("STRASSE")
+    assert chat.fold("ﬁn") == chat.fold("FIN")
+    assert chat.fold("İx") == chat.fold(chat.fold("İx"))
+
+
+def test_password_hash_says_how_it_was_made_and_never_repeats():
+    first, second = chat.hash_password(PASSWORD), chat.hash_password(PASSWORD)
+    assert first.startswith("$argon2id$v=19$m=19456,t=2,p=1$") and first != second
+    assert chat.is_password(PASSWORD, first)
+    assert not chat.is_password(PASSWORD + " ", first)
+
+
+async def test_message_numbers_have_no_gap(server):
+    sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
+    for _ in range(8):
+        await asyncio.gather(*(say(ws, "hello") for ws in sockets))
+    last = app_of(server)[chat.ROOM].last
+    messages = await chat.Message(app_of(server)[chat.DATABASE]).newest(100)
+    assert [message["_id"] for message in messages] == list(range(1, last + 1))
+    assert last == 16
+
+
+async def test_two_that_fight_for_every_number_leave_no_gap(serve, mongodb):
+    """Two applications on one database claim numbers at the same time."""
+    settings = on(mongodb)
+    databases = [
+        app_of(await serve(settings))[chat.DATABASE],
+        app_of(await serve(settings))[chat.DATABASE],
+    ]
+    users = [{"_id": ObjectId(), "name": name} for name in ("ann", "bob")]
+
+    async def write(db, user):
+        for number in range(50):
+            await chat.Message(db).save(0, user, f"{number}", f"{number}")
+
+    await asyncio.gather(*map(write, databases, users))
+    messages = await chat.Message(databases[0]).newest(200)
+    assert [message["_id"] for message in messages] == list(range(1, 101))
+    for user in users:
+        texts = [m["text"] for m in messages if m["user_id"] == user["_id"]]
+        assert texts == [f"{number}" for number in range(50)]
+
+
+async def test_nonce_is_stored_once_even_when_the_process_has_forgotten(serve, mongodb):
+    db = app_of(await serve(on(mongodb)))[chat.DATABASE]
+    user = {"_id": ObjectId(), "name": "ann"}
+    messages = chat.Message(db)
+    first = await messages.save(0, user, "once", "n1")
+    again = await messages.save(first["_id"], user, "once", "n1")
+    assert again["_id"] == first["_id"] == 1
+    assert len(await messages.newest(10)) == 1
+    other = await messages.save(1, {"_id": ObjectId(), "name": "bob"}, "me too", "n1")
+    assert other["_id"] == 2  # a nonce is unique for its user only
+
+
+async def test_memory_holds_the_newest_messages_only(serve):
+    server = await serve(chat.Settings())
+    db, room = app_of(server)[chat.DATABASE], app_of(server)[chat.ROOM]
+    user = {"_id": ObjectId(), "name": "ann"}
+    for number in range(3 * chat.KEPT):
+        await room.say(user, f"{number}", f"{number}")
+    await until(lambda: room.last == 3 * chat.KEPT)
+    assert len(room.recent) == len(room.receipts) == chat.KEPT
+    assert await db.messages.count_documents({}) < chat.KEPT + 100
+    page = await (await (await sign_in(server)).get("/")).text()
+    assert shown_ids(page) == list(range(3 * chat.KEPT - 49, 3 * chat.KEPT + 1))
+
+
+async def test_repeat_of_a_message_older_than_the_kept_ones_finds_it(serve, mongodb):
+    server = await serve(on(mongodb))
+    ws = await connect(await sign_in(server))
+    first = await say(ws, "long ago", "n1")
+    app_of(server)[chat.ROOM].receipts.clear()
+    assert await say(ws, "long ago", "n1") == first
+    assert (await say(ws, "next"))["id"] == 2
+
+
+# ==============================================================================
+# 4. Views
+# ==============================================================================
+async def test_two_people_sign_up_chat_and_find_their_history(server):
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann, from_bob = await connect(ann), await connect(bob)
+    await say(from_ann, "hello")
+    assert (await read(from_bob, "message"))["text"] == "hello"
+    await say(from_bob, "hello yourself")
+    assert (await read(from_ann, "message"))["text"] == "hello yourself"
+    page = await (await ann.get("/")).text()
+    assert page.index("<p>hello</p>") < page.index("<p>hello yourself</p>")
+
+
+async def test_signing_out_ends_the_session_and_signing_in_begins_another(server):
+    ann = await sign_in(server)
+    assert (await ann.get("/login")).url.path == "/"  # there already
+    assert (await ann.post("/signout")).url.path == "/login"
+    assert (await ann.get("/")).url.path == "/login"
+    response = await ann.post("/login", data=form("ann"), allow_redirects=False)
+    assert (response.status, response.headers["Location"]) == (303, "/")
+    assert (await ann.get("/")).url.path == "/"
+
+
+@pytest.mark.parametrize("login", ["ann", "ANN", " Ａnn ", "Ann@Example.org"])
+async def test_name_or_email_in_any_spelling_signs_in(server, login):
+    await sign_in(server, "Ann", email="ann@example.org")
+    visitor = await server.visitor()
+    response = await visitor.post("/login", data=form(login))
+    assert (response.status, response.url.path) == (200, "/")
+    assert '<span id="user">Ann</span>' in await response.text()
+
+
+@pytest.mark.parametrize(
+    "name", ["ann", "Zoë", "Ольга", "काजल", "محمد", "李小龍", "a-_", "x" * 32, "123"]
+)
+async def test_names_of_any_script_are_welcome(server, name):
+    ws = await connect(await sign_in(server, name))
+    assert ws.welcome["user"] == name
+
+
+WRONG_NAMES = [
+    "", "  ", "ab", "x" * 33, "a b", "a.b", "a@b.c", "<b>ann</b>", "ann\0", "ann\u200b",
+    "ann\u202e", "\u3164\u3164\u3164", "ann\ufe0f", "ann\u00ad", "😀😀😀", "a\nb", "''';--",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_NAMES)
+async def test_name_that_is_none_is_refused_beside_its_field(server, name):
+    visitor = await server.visitor()
+    response = await visitor.post("/signin", data=form(name, email="a@b.c"))
+    page = await response.text()
+    assert response.status == 422
+    assert "A name has 3 to 32 letters" in field_error(page, "login")
+    assert 'value="a@b.c"' in page and PASSWORD not in page
+    assert "<b>ann" not in page
+
+
+def field_error(page, name):
+    """Return what a page says is wrong with a field, as a screen reader finds it."""
+    found = re.search(
+        rf'<p class="error" id="{name}-note" role="alert">(.*?)</p>', page
+    )
+    marked = re.search(rf'<input id="{name}"[^>]* aria-invalid="true"', page)
+    return found[1] if found and marked else ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "sentence"),
+    [
+        ({"password": "short"}, "password", "8 to 128"),
+        ({"password": "x" * 129, "password2": "x" * 129}, "password", "8 to 128"),
+        ({"password2": "something else"}, "password2", "not the same"),
+        ({"email": "nobody"}, "email", "not an email"),
+        ({"email": "a@b@c"}, "email", "not an email"),
+        ({"email": "a\0@b.c"}, "email", "not an email"),
+        ({"email": "x" * 250 + "@b.c" + "d"}, "email", "at most 254"),
+        ({"login": "ANN"}, "login", "already"),
+        ({"email": "ANN@example.org"}, "email", "already"),
+    ],
+)
+async def test_sign_up_says_what_is_wrong_beside_the_field(
+    server, fields, name, sentence
+):
+    await sign_in(server, "ann", email="ann@example.org")
+    visitor = await server.visitor()
+    response = await visitor.post("/signin", data=form("bob") | fields)
+    assert response.status == 422
+    assert sentence in field_error(await response.text(), name)
+    assert (await visitor.get("/")).url.path == "/login"
+
+
+async def test_two_simultaneous_sign_ups_make_one_account(server):
+    visitors = [await server.visitor() for _ in range(6)]
+    names = ["ann", "Ann", "ANN", "ａnn", "aNN", "anN"]
+    posts = [
+        visitor.post("/signin", data=form(name), allow_redirects=False)
+        for visitor, name in zip(visitors, names, strict=True)
+    ]
+    statuses = [response.status for response in await asyncio.gather(*posts)]
+    assert sorted(statuses) == [303] + 5 * [422]
+
+
+async def test_unknown_name_and_wrong_password_look_the_same(server):
+    await sign_in(server, "ann")
+    visitor = await server.visitor()
+    wrong = await visitor.post("/login", data=form("ann", password="not this one"))
+    unknown = await visitor.post("/login", data=form("bob", password="not this one"))
+    assert wrong.status == unknown.status == 422
+    page = await wrong.text()
+    assert page.replace('"ann"', '"bob"') == await unknown.text()
+    assert "No account has this name" in field_error(page, "login")
+
+
+async def test_unknown_name_costs_a_hash_as_well(server, monkeypatch):
+    hashed = []
+    hash_password = chat.hash_password
+    monkeypatch.setattr(
+        chat, "hash_password", lambda text: hashed.append(text) or hash_password(text)
+    )
+    visitor = await server.visitor()
+    await visitor.post("/login", data=form("nobody"))
+    assert hashed == [PASSWORD]
+
+
+async def test_too_many_attempts_have_to_wait(serve):
+    server = await serve(chat.Settings(LOGIN_ATTEMPTS=3))
+    visitor = await server.visitor()
+    for login in "ann", "ANN", "Ann":
+        assert (await visitor.post("/login", data=form(login))).status == 422
+    response = await visitor.post("/login", data=form("ann"))
+    assert response.status == 429
+    assert 1 <= int(response.headers["Retry-After"]) <= 21
+    assert "Too many attempts" in field_error(await response.text(), "login")
+    assert (await visitor.post("/login", data=form("bob"))).status == 422  # another
+
+
+def test_bucket_lets_a_burst_through_and_then_a_steady_rate(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    bucket = chat.TokenBucket(rate=2, burst=3)
+    assert [bucket.take() for _ in range(4)] == [0, 0, 0, 0.5]
+    now += 0.5
+    assert [bucket.take() for _ in range(2)] == [0, 0.5]
+    now += 3600
+    assert [bucket.take() for _ in range(4)] == [0, 0, 0, 0.5]
+
+
+KEY = base64.urlsafe_b64encode(chat.hashlib.sha256(b"any text").digest())
+
+
+def cookie(content, key=KEY, at=None):
+    if not isinstance(content, bytes):
+        content = json.dumps(content).encode()
+    return Fernet(key).encrypt_at_time(content, int(at or time.time())).decode()
+
+
+def session(user, **more):
+    return {"created": int(time.time()), "session": {"user": user} | more}
+
+
+LONG_AGO = time.time() - 15 * 24 * 60 * 60
+BAD_COOKIES = [
+    "", "x", "a=b", "\\", "gAAAAA", "\udcff\udcfe", "x" * 4000, "💥",
+    cookie(session("0" * 24), key=Fernet.generate_key()),
+    cookie(session("0" * 24), at=LONG_AGO),
+    cookie(session("0" * 24)),
+    cookie(session("not an id")),
+    cookie(session(17)),
+    cookie(session(["x"])),
+    cookie(session(None)),
+    cookie(session({"$gt": ""})),
+    cookie(b"not json"),
+    cookie(b"\xff\xfe"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", BAD_COOKIES)
+async def test_bad_cookie_leads_to_the_login_page(serve, caplog, value):
+    server = await serve(chat.Settings(SECRET_KEY="any text"))
+    cookies = f"AIOHTTP_SESSION={value}".encode(errors="surrogateescape")
+    for path in b"/", b"/ws":
+        head = await raw_request(server, b"GET " + path, b"Cookie: " + cookies)
+        assert head.startswith(b"HTTP/1.1 303") and b"Location: /login" in head
+    head = await raw_request(server, b"GET /login", b"Cookie: " + cookies)
+    assert head.startswith(b"HTTP/1.1 200")
+    assert "Traceback" not in caplog.text
+
+
+async def raw_request(server, line, *headers, body=b""):
+    """Send bytes as they are; return all that comes back."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    start = [line + b" HTTP/1.1", b"Host: chat", b"Connection: close", *headers]
+    writer.write(b"\r\n".join(start) + b"\r\n\r\n" + body)
+    try:
+        return await asyncio.wait_for(reader.read(), 10)
+    finally:
+        writer.close()
+
+
+async def test_session_of_a_user_who_is_gone_leads_to_login(server):
+    """And an account of the same name, made later, does not inherit the session."""
+    ann = await sign_in(server, "ann")
+    await app_of(server)[chat.DATABASE].users.delete_one({"name": "ann"})
+    await sign_in(server, "ann")
+    assert (await ann.get("/")).url.path == "/login"
+
+
+async def test_session_is_encrypted_and_out_of_reach_of_scripts(serve):
+    server = await serve(chat.Settings(SECURE_COOKIES=True))
+    visitor = await server.visitor()
+    response = await visitor.post("/signin", data=form("ann"), allow_redirects=False)
+    cookie = response.headers["Set-Cookie"]
+    for attribute in "HttpOnly", "SameSite=Lax", "Secure", "Max-Age=1209600":
+        assert attribute in cookie
+    assert "ann" not in cookie.partition(";")[0]
+
+
+BAD_FORMS = {
+    "json": (b"application/json", b'{"login": "ann"}'),
+    "none": (b"", b""),
+    "multipart": (b"multipart/form-data; boundary=x", b"--x\r\nrubbish\r\n--x--"),
+    "multipart without boundary": (b"multipart/form-data", b"rubbish"),
+    "unknown charset": (b"application/x-www-form-urlencoded; charset=klingon", b"a=b"),
+    "no text charset": (b"application/x-www-form-urlencoded; charset=hex", b"a=b"),
+    "half a surrogate pair": (
+        b"application/x-www-form-urlencoded; charset=unicode_escape",
+        rb"login=\ud800nn&password=12345678",
+    ),
+    "text that is none": (
+        b"application/x-www-form-urlencoded; charset=ascii",
+        b"login=\xff\xfe",
+    ),
+}
+
+
+@pytest.mark.parametrize("path", [b"/login", b"/signin"])
+@pytest.mark.parametrize("kind", BAD_FORMS)
+async def test_form_that_cannot_be_read_is_a_clear_400(serve, caplog, path, kind):
+    server = await serve(chat.Settings())
+    content_type, body = BAD_FORMS[kind]
+    length = b"Content-Length: %d" % len(body)
+    headers = [b"Content-Type: " + content_type, length]
+    answer = await raw_request(server, b"POST " + path, *headers, body=body)
+    assert answer.startswith(b"HTTP/1.1 400") or answer.startswith(b"HTTP/1.1 422")
+    assert b"could not be read" in answer or b'role="alert"' in answer
+    assert "Traceback" not in caplog.text
+
+
+async def test_body_that_is_broken_or_huge_is_refused(serve, caplog):
+    server = await serve(chat.Settings())
+    kind = b"Content-Type: application/x-www-form-urlencoded"
+    headers = kind, b"Content-Encoding: gzip", b"Content-Length: 9"
+    answer = await raw_request(server, b"POST /login", *headers, body=b"not  gzip")
+    assert answer.startswith(b"HTTP/1.1 400")
+    headers = kind, b"Transfer-Encoding: chunked"
+    answer = await raw_request(server, b"POST /login", *headers, body=b"zzz\r\n")
+    assert answer.startswith(b"HTTP/1.1 400")
+    visitor = await server.visitor()
+    response = await visitor.post("/login", data=form("ann", password="x" * 20_000))
+    assert response.status == 413
+    assert "Traceback" not in caplog.text
+
+
+async def test_older_messages_are_on_a_plain_page(server):
+    ann = await sign_in(server)
+    room, user = app_of(server)[chat.ROOM], {"_id": ObjectId(), "name": "bob"}
+    for number in range(1, 121):
+        await room.say(user, f"text {number}", f"{number}")
+    await until(lambda: room.last == 120)
+    page = await (await ann.get("/")).text()
+    assert shown_ids(page) == list(range(71, 121))
+    assert 'href="/?before=71"' in page
+    page = await (await ann.get("/?before=71")).text()
+    assert shown_ids(page) == list(range(21, 71)) and "chat.js" not in page
+    page = await (await ann.get("/?before=21")).text()
+    assert shown_ids(page) == list(range(1, 21)) and "before=" not in page
+    page = await (await ann.get("/?before=1")).text()
+    assert shown_ids(page) == [] and "not kept" in page
+
+
+@pytest.mark.parametrize("number", ["", "x", "-1", "1.5", "٣", "9" * 16, "1 OR 1=1"])
+async def test_number_that_is_none_is_a_clear_400(server, number):
+    ann = await sign_in(server)
+    for path, name in ("/", "before"), ("/ws", "after"):
+        response = await ann.get(path, params={name: number})
+        assert response.status == 400
+        assert "number of a message" in await response.text()
+
+
+async def test_markup_in_a_message_is_text_on_the_page(server):
+    ann = await sign_in(server)
+    await say(await connect(ann), "<script>alert(1)</script> & {{ 7 * 7 }}")
+    page = await (await ann.get("/")).text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; {{ 7 * 7 }}" in page
+
+
+# ==============================================================================
+# 5. WebSocket
+# ==============================================================================
+async def test_message_reaches_everybody_with_all_its_fields(server):
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann, from_bob = await connect(ann), await connect(bob)
+    receipt = await say(from_ann, "  hé <b>\n😀\0\u202e\u200b ", "n1")
+    assert list(receipt) == ["type", "id", "user", "text", "time", "nonce"]
+    assert receipt["text"] == "  hé <b>\n😀\0\u202e\u200b "
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", receipt["time"])
+    assert await read(from_bob, "message") == receipt
+    assert (receipt["id"], receipt["user"], receipt["nonce"]) == (1, "ann", "n1")
+
+
+async def test_message_that_nobody_has_stored_is_shown_to_nobody(serve, standalone):
+    """Stored first, broadcast second: a message that fails is in no one's log."""
+    server = await serve(on(standalone.uri))
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann, from_bob = await connect(ann), await connect(bob)
+    standalone.kill()
+    sent = [{"type": "message", "text": "lost?", "nonce": f"n{n}"} for n in range(3)]
+    for event in sent:
+        await from_ann.send_json(event)
+        error = await read(from_ann, "error", "message")
+        assert (error["code"], error["nonce"]) == ("not_saved", event["nonce"])
+    standalone.start()
+    for event in sent:  # nobody was disconnected; what was kept is sent again
+        assert (await say(from_ann, event["text"], event["nonce"]))["type"] == "message"
+    seen = [(await read(from_bob, "message"))["nonce"] for _ in sent]
+    assert seen == ["n0", "n1", "n2"]
+
+
+async def test_frozen_database_lets_nobody_wait_for_long(serve, standalone):
+    server = await serve(on(standalone.uri))
+    sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
+    await say(sockets[0], "before")
+    standalone.freeze()
+    for ws in sockets:
+        await ws.send_json({"type": "message", "text": "now", "nonce": "n1"})
+    for ws in sockets:
+        assert (await read(ws, "error"))["code"] == "not_saved"
+    standalone.thaw()
+    numbers = [(await say(ws, "now", "n1"))["id"] for ws in sockets]
+    assert sorted(numbers) == [2, 3]
+
+
+async def test_lost_receipt_is_resent_and_stored_once(server):
+    ann = await sign_in(server)
+    ws = await connect(ann)
+    await ws.send_json({"type": "message", "text": "once", "nonce": "n1"})
+    await ws.close()
+    await until(lambda: app_of(server)[chat.ROOM].last == 1)
+    ws = await connect(ann, after=0)
+    assert [event["nonce"] for event in ws.replayed] == ["n1"]
+    for _ in range(3):
+        assert (await say(ws, "once", "n1"))["id"] == 1
+    assert shown_ids(await (await ann.get("/")).text()) == [1]
+
+
+async def test_message_sent_on_two_sockets_at_once_is_stored_once(server):
+    ann = await sign_in(server)
+    sockets = [await connect(ann) for _ in range(5)]
+    event = {"type": "message", "text": "once", "nonce": "n1"}
+    await asyncio.gather(*(ws.send_json(event) for ws in sockets))
+    for ws in sockets:
+        assert (await read(ws, "message"))["id"] == 1
+    assert (await say(sockets[0], "next"))["id"] == 2
+
+
+async def test_who_comes_back_gets_what_was_missed_in_order_and_then_welcome(server):
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann = await connect(ann)
+    for number in range(1, 11):
+        await say(from_ann, f"{number}")
+    ws = await connect(bob, after=4)
+    assert [event["id"] for event in ws.replayed] == [5, 6, 7, 8, 9, 10]
+    assert ws.welcome["last"] == 10
+    assert (await connect(bob)).replayed == []
+    assert (await connect(bob, after=10)).replayed == []
+    assert (await connect(bob, after=999)).replayed == []
+
+
+async def test_nothing_falls_between_replay_and_live(server):
+    """People come back again and again while somebody talks without a pause."""
+    settings = app_of(server)[chat.SETTINGS]
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    room, user = app_of(server)[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
+
+    async def talk():
+        for number in range(300):
+            await room.say(user, "x" * settings.MAX_MESSAGE_LENGTH, f"{number}")
+            await asyncio.sleep(0.001)
+
+    async def listen(visitor):
+        seen = [0]
+        while seen[-1] < 300:
+            ws = await visitor.ws_connect(f"/ws?after={seen[-1]}")
+            for _ in range(23):
+                event = await read(ws)
+                if event["type"] == "message":
+                    seen.append(event["id"])
+                if seen[-1] == 300:
+                    break
+            await ws.close()
+        return seen
+
+    *seen, _ = await asyncio.gather(*map(listen, [ann, bob, ann, bob]), talk())
+    for ids in seen:
+        assert ids == list(range(301))
+
+
+async def test_who_missed_more_than_is_kept_sees_the_gap(serve):
+    server = await serve(chat.Settings())
+    ann = await sign_in(server)
+    room, user = app_of(server)[chat.ROOM], {"_id": ObjectId(), "name": "bob"}
+    for number in range(chat.KEPT + 10):
+        await room.say(user, "x", f"{number}")
+    await until(lambda: room.last == chat.KEPT + 10)
+    ws = await connect(ann, after=5)
+    ids = [event["id"] for event in ws.replayed]
+    assert ids == list(range(11, chat.KEPT + 11))  # not 6: the page loads itself anew
+
+
+BAD_EVENTS = [
+    "", "x", "null", "[]", "17", '"message"', "{}", "[" * 9_000, '{"a":' * 2_000,
+    '{"type": "message"}', '{"type": "message", "text": 17, "nonce": "n"}',
+    '{"type": "message", "text": "x"}', '{"type": "message", "text": "x", "nonce": ""}',
+    '{"type": "message", "text": "x", "nonce": 17}', '{"type": "rubbish", "nonce": "n"}',
+    '{"type": "message", "text": null, "nonce": "n"}', '{"type": ["message"]}',
+    json.dumps({"type": "message", "text": "x", "nonce": "n" * 65}),
+    '{"type": "message", "text": "\\ud800", "nonce": "n"}',
+    '{"type": "message", "text": "x", "nonce": "\\udfff"}',
+    '{"type": "message", "text": "x", "nonce": "n"', "\0", "9" * 5_000, "NaN", "-",
+    '{"\\ud800": 1}', "\u202e{}", '{"type": "message", "text": ["x"], "nonce": "n"}',
+]  # fmt: skip
+
+
+async def test_bad_frame_gets_an_error_and_the_connection_stays(serve, caplog):
+    server = await serve(chat.Settings(MESSAGE_BURST=1000))
+    ws = await connect(await sign_in(server))
+    for frame in BAD_EVENTS:
+        await ws.send_str(frame)
+        error = await read(ws, "error")
+        assert error["code"] == "bad_event" and error["text"].endswith(".")
+    await ws.send_bytes(b'{"type": "message", "text": "x", "nonce": "n"}')
+    assert (await read(ws, "error"))["code"] == "bad_event"
+    assert (await say(ws, "still here"))["id"] == 1
+    assert caplog.text == ""
+
+
+async def test_generated_frames_never_break_the_connection(serve, caplog):
+    """Any JSON, any text, any bytes: an answer, or the message; never silence."""
+    hypothesis = need(optional("hypothesis"), "pip install -r .ci/requirements.txt")
+    st = hypothesis.strategies
+    text = st.text(st.characters(), max_size=70)
+    scalar = st.none() | st.booleans() | st.floats() | st.integers() | text
+    value = st.recursive(scalar, lambda v: st.lists(v) | st.dictionaries(text, v))
+    names = st.sampled_from(["type", "text", "nonce", "id"])
+    kinds = st.just("message") | value
+    event = st.dictionaries(names, value) | st.fixed_dictionaries(
+        {"type": kinds, "text": value, "nonce": value}
+    )
+    frames = []
+
+    def collect(frame):
+        frames.append(frame)
+
+    hypothesis.settings(max_examples=300, database=None, derandomize=True)(
+        hypothesis.given(event | value | text | st.binary(max_size=50))(collect)
+    )()
+    server = await serve(chat.Settings(MESSAGE_BURST=1000))
+    ws = await connect(await sign_in(server))
+    for frame in frames:
+        if isinstance(frame, bytes):
+            await ws.send_bytes(frame)
+        else:
+            await ws.send_str(json.dumps(frame))
+        assert (await read(ws, "error", "message"))["type"] in {"error", "message"}
+    assert (await say(ws, "still here"))["text"] == "still here"
+    assert caplog.text == ""
+
+
+def optional(name):
+    return importlib.util.find_spec(name) and importlib.import_module(name)
+
+
+async def test_limits_answer_with_an_error_that_names_the_nonce(serve):
+    server = await serve(chat.Settings(MAX_MESSAGE_LENGTH=10))
+    ws = await connect(await sign_in(server))
+    for text, code in ("", "empty"), (" \n\t", "empty"), ("x" * 11, "too_long"):
+        await ws.send_json({"type": "message", "text": text, "nonce": "n1"})
+        error = await read(ws, "error")
+        assert (error["code"], error["nonce"]) == (code, "n1")
+    await ws.send_json({"type": "rubbish", "nonce": "n2"})
+    assert (await read(ws, "error"))["nonce"] == "n2"
+    assert (await say(ws, "😀" * 10))["text"] == "😀" * 10  # characters, not bytes
+
+
+async def test_longest_message_fits_in_however_it_is_written(serve):
+    server = await serve(chat.Settings(MAX_MESSAGE_LENGTH=10_000))
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann, from_bob = await connect(ann), await connect(bob)
+    for text in "😀" * 10_000, "\0" * 9_999 + "x", "é" * 10_000:
+        assert (await say(from_ann, text))["text"] == text
+        assert (await read(from_bob, "message"))["text"] == text
+
+
+async def test_frame_too_big_closes_with_1009(server):
+    ann = await sign_in(server)
+    ws = await connect(ann)
+    await ws.send_str("x" * 20_000)
+    assert await closed(ws) == 1009
+    assert (await connect(ann)).welcome["user"] == "ann"
+
+
+async def test_who_talks_too_fast_is_told_and_may_go_on(serve):
+    server = await serve(chat.Settings(MESSAGE_BURST=3, MESSAGES_PER_SECOND=50))
+    ann = await sign_in(server)
+    ws = await connect(ann)
+    for number in range(20):
+        event = {"type": "message", "text": f"{number}", "nonce": f"n{number}"}
+        await ws.send_json(event)
+    answers = [await read(ws, "message", "error") for _ in range(20)]
+    refused = [event for event in answers if event["type"] == "error"]
+    assert refused and {event["code"] for event in refused} == {"too_fast"}
+    assert all(event["nonce"].startswith("n") for event in refused)
+    await asyncio.sleep(0.1)
+    assert (await say(ws, "again"))["text"] == "again"
+
+
+async def test_people_see_each_other_come_and_go(server):
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann = await connect(ann)
+    assert from_ann.welcome["online"] == ["ann"]
+    assert await read(from_ann) == {"type": "joined", "user": "ann"}
+    from_bob = await connect(bob)
+    assert from_bob.welcome["online"] == ["ann", "bob"]
+    assert await read(from_ann) == {"type": "joined", "user": "bob"}
+    await from_bob.close()
+    assert await read(from_ann) == {"type": "left", "user": "bob"}
+
+
+async def test_several_tabs_of_a_person_come_once_and_leave_once(server):
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann = await connect(ann)
+    assert (await read(from_ann))["user"] == "ann"
+    tabs = [await connect(bob) for _ in range(3)]
+    assert tabs[2].welcome["online"] == ["ann", "bob"]
+    for tab in tabs[:2]:
+        await tab.close()
+    await asyncio.sleep(chat.ABSENCE + 1)
+    await say(tabs[2], "still here")
+    await tabs[2].close()
+    events = [await read(from_ann) for _ in range(3)]
+    assert [event["type"] for event in events] == ["joined", "message", "left"]
+    assert events[2] == {"type": "left", "user": "bob"}
+
+
+async def test_reload_is_no_departure(server):
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann, from_bob = await connect(ann), await connect(bob)
+    for _ in range(3):
+        await from_bob.close()
+        from_bob = await connect(bob)
+    await asyncio.sleep(chat.ABSENCE + 1)
+    await say(from_bob, "here again")
+    events = [await read(from_ann) for _ in range(3)]
+    assert [event["type"] for event in events] == ["joined", "joined", "message"]
+
+
+async def test_two_tabs_see_each_message_once(server):
+    ann = await sign_in(server)
+    tabs = [await connect(ann) for _ in range(2)]
+    for number in range(1, 6):
+        assert (await say(tabs[0], f"{number}"))["id"] == number
+    assert [(await read(tabs[1], "message"))["id"] for _ in range(5)] == [1, 2, 3, 4, 5]
+
+
+async def stall(server, visitor):
+    """Open a WebSocket that never reads, with as little room as the kernel allows."""
+    cookies = visitor.session.cookie_jar.filter_cookies(server.make_url("/"))
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    sock.connect(("127.0.0.1", server.port))
+    request = (
+        "GET /ws HTTP/1.1\r\nHost: chat\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + 22 * "x" + "==\r\n"
+        f"Cookie: AIOHTTP_SESSION={cookies['AIOHTTP_SESSION'].value}\r\n\r\n"
+    )
+    sock.send(request.encode())
+    return sock
+
+
+async def test_reader_that_stops_reading_delays_nobody_and_is_cut_off(serve):
+    settings = chat.Settings(MAX_MESSAGE_LENGTH=10_000, MAX_UNSENT_BYTES=100_000)
+    server = await serve(settings)
+    room, user = app_of(server)[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
+    from_ann = await connect(await sign_in(server, "ann"))
+    with await stall(server, await sign_in(server, "bob")) as stalled:
+        await until(lambda: len(room.connections) == 2)
+        for number in range(1, 1001):  # 40 MB, far beyond what the kernel holds
+            await room.say(user, "😀" * 10_000, f"{number}")
+            assert (await read(from_ann, "message"))["id"] == number
+            for connection in room.connections.values():
+                size = connection.transport.get_write_buffer_size()
+                assert size < settings.MAX_UNSENT_BYTES + 100_000
+            if len(room.connections) == 1:
+                break
+        assert len(room.connections) == 1
+        assert await read(from_ann, "left") == {"type": "left", "user": "bob"}
+        stalled.setblocking(False)
+
+
+async def test_reader_that_stops_during_the_replay_delays_nobody(serve):
+    server = await serve(chat.Settings(MAX_MESSAGE_LENGTH=10_000))
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    room, user = app_of(server)[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
+    for number in range(300):
+        await room.say(user, "😀" * 10_000, f"{number}")
+    await until(lambda: room.last == 300)
+    with await stall(server, bob):
+        ws = await connect(ann, after=0)
+        assert len(ws.replayed) == 300
+        assert (await say(ws, "next"))["id"] == 301
+
+
+def test_frame_is_what_the_protocol_says():
+    for length in 1, 40, 50, 60, 1000, 30_000:
+        event = {"type": "x", "text": "é" * length}
+        frame = chat.encode_frame(event)
+        payload = json.dumps(event, ensure_ascii=False).encode()
+        if len(payload) < 126:
+            assert frame == bytes((0x81, len(payload))) + payload
+        else:
+            assert frame == b"\x81\x7e" + struct.pack("!H", len(payload)) + payload
+
+
+async def test_frames_that_fall_due_together_leave_in_one_write(serve, monkeypatch):
+    server = await serve(chat.Settings())
+    ws = await connect(await sign_in(server))
+    await read(ws, "joined")
+    room = app_of(server)[chat.ROOM]
+    (connection,) = room.connections.values()
+    writes, write = [], connection.transport.write
+    monkeypatch.setattr(
+        connection, "transport", Recorder(connection.transport, writes, write)
+    )
+    user = {"_id": ObjectId(), "name": "eve"}
+    await asyncio.gather(*(room.say(user, "x", f"{n}") for n in range(8)))
+    assert [(await read(ws, "message"))["id"] for _ in range(8)] == list(range(1, 9))
+    assert len(writes) < 8
+
+
+class Recorder:
+    """A transport that notes what is written to it."""
+
+    def __init__(self, transport, writes, write):
+        self.transport, self.writes, self.real_write = transport, writes, write
+
+    def __getattr__(self, name):
+        return getattr(self.transport, name)
+
+    def write(self, data):
+        self.writes.append(data)
+        self.real_write(data)
+
+
+async def test_connection_that_is_closing_gets_nothing_after_the_close_frame(serve):
+    server = await serve(chat.Settings())
+    ann = await sign_in(server)
+    ws, other = await connect(ann), await connect(ann)
+    room, user = app_of(server)[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
+    mine = list(room.connections.values())[0]
+    closing = asyncio.create_task(mine.ws.close(code=1001, drain=False))
+    await asyncio.sleep(0)
+    await room.say(user, "too late", "n1")
+    assert (await read(other, "message"))["text"] == "too late"
+    assert await closed(ws) == 1001
+    await closing
+
+
+async def test_presence_that_was_lost_is_put_back(server, monkeypatch):
+    """A renewal finds documents that the database has dropped, or never got."""
+    monkeypatch.setattr(chat, "RENEWAL", 0.2)
+    ws = await connect(await sign_in(server))
+    assert (await read(ws))["type"] == "joined"
+    db = app_of(server)[chat.DATABASE]
+    await db.delete(db.online, {})
+    assert await read(ws) == {"type": "left", "user": "ann"}
+    assert await read(ws) == {"type": "joined", "user": "ann"}
+
+
+async def test_joining_while_the_database_is_away_is_announced_later(
+    serve, standalone, monkeypatch
+):
+    monkeypatch.setattr(chat, "RENEWAL", 0.5)
+    server = await serve(on(standalone.uri))
+    from_ann = await connect(await sign_in(server, "ann"))
+    await read(from_ann, "joined")
+    bob = await sign_in(server, "bob")
+    real_get = chat.User.get
+
+    async def get_then_lose_the_database(self, user_id):
+        user = await real_get(self, user_id)
+        standalone.freeze()
+        return user
+
+    monkeypatch.setattr(chat.User, "get", get_then_lose_the_database)
+    from_bob = await connect(bob)
+    assert from_bob.welcome["online"] == ["ann", "bob"]
+    await asyncio.sleep(chat.DEADLINE + 1)
+    standalone.thaw()
+    assert await read(from_ann, "joined") == {"type": "joined", "user": "bob"}
+    await from_bob.close()
+    assert await read(from_ann, "left") == {"type": "left", "user": "bob"}
+
+
+async def test_departure_while_the_database_is_away_is_told_later(serve, standalone):
+    server = await serve(on(standalone.uri))
+    from_ann = await connect(await sign_in(server, "ann"))
+    from_bob = await connect(await sign_in(server, "bob"))
+    standalone.freeze()
+    await from_bob.close()
+    await asyncio.sleep(chat.ABSENCE + chat.DEADLINE + 1)
+    standalone.thaw()
+    assert await read(from_ann, "left") == {"type": "left", "user": "bob"}
+
+
+async def test_handshake_that_is_none_is_a_400(server):
+    ann = await sign_in(server)
+    assert (await ann.get("/ws")).status == 400
+    response = await ann.get(
+        "/ws", headers={"Upgrade": "websocket", "Connection": "Upgrade"}
+    )
+    assert response.status == 400
+
+
+# ==============================================================================
+# 6. Routes and static
+# ==============================================================================
+def test_routes_have_the_names_of_the_article():
+    app = chat.init_app(chat.Settings())
+    assert {route.name for route in app.router.routes()} == {
+        "main", "chat", "login", "signin", "signout", "static"
+    }  # fmt: skip
+    paths = {name: app.router[name].canonical for name in ("main", "chat", "signout")}
+    assert paths == {"main": "/", "chat": "/ws", "signout": "/signout"}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"Host:",
+        b"Cookie: AIOHTTP_SESSION",
+        b"Cookie: =;;=\xff; \x01",
+        b"X-Forwarded-Host: \xff\xfe",
+        b"Origin: \xff\xfe",
+        b"X: " + b"y" * 9_000,
+        b"Accept-Encoding: \xff",
+        b"Upgrade: rubbish",
+        b"Expect: rubbish",
+        b"Content-Length: -1",
+        b"Transfer-Encoding: rubbish",
+        b"\xff: x",
+    ],
+)
+async def test_odd_header_never_breaks_the_server(serve, caplog, header):
+    server = await serve(chat.Settings())
+    for line in b"GET /login", b"GET /", b"POST /login", b"GET /ws":
+        answer = await raw_request(server, line, header)
+        assert re.match(rb"HTTP/1.[01] [1234]", answer), answer[:200]
+    assert (await (await server.visitor()).get("/login")).status == 200
+    assert "Traceback" not in caplog.text
+
+
+# ==============================================================================
+# 7. Startup and shutdown
+# ==============================================================================
+def test_importing_the_module_starts_nothing():
+    code = "import threading, chat; assert threading.active_count() == 1"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_chat_starts_with_nothing_set_and_stops_without_a_word(start, number):
+    code, output, errors = start().wait_until_ready().stop(number)
+    assert (code, errors) == (0, "")
+    assert "live in memory only" in output and "CTRL+C" in output
+    assert re.search(r"http://127\.0\.0\.1:\d+", output)
+
+
+def test_debug_shows_every_request(start, tmp_path):
+    process = start(DEBUG="true", PYTHONWARNINGS="default").wait_until_ready()
+    import urllib.request
+
+    with urllib.request.urlopen(process.url + "/login") as response:
+        assert response.status == 200
+    code, _, errors = process.stop()
+    assert code == 0 and '"GET /login HTTP/1.1" 200' in errors
+
+
+@pytest.mark.parametrize("assignment", WRONG)
+def test_wrong_setting_is_one_line_and_exit_code_2(start, assignment):
+    name, _, value = assignment.partition("=")
+    code, output, errors = start(**{name: value}).end()
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("chat: ") and WRONG[assignment] in errors
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "mongodb://ann:s3cret@127.0.0.1:{port}/",
+        "mongodb://ann:s3cret@127.0.0.1:{port}/?replicaSet=rs0&serverSelectionTimeoutMS=1",
+        "mongodb://ann:s3c@ret@127.0.0.1:{port}/",
+        "mongodb://ann:s3c/ret@127.0.0.1:{port}/",
+        "mongodb+srv://ann:s3cret@nowhere.invalid/",
+        "http://ann:s3cret@127.0.0.1/",
+        "s3cret",
+        "mongodb://",
+    ],
+)
+def test_database_that_cannot_be_reached_is_one_line_without_its_password(start, uri):
+    begun = time.monotonic()
+    process = start(MONGO_HOST=uri.format(port=unused_port()), SECRET_KEY="x")
+    code, _, errors = process.end()
+    assert time.monotonic() - begun < 10  # five, on a machine with nothing else to do
+    assert (code, errors.count("\n")) == (2, 1), errors
+    assert errors.startswith("chat: MONGO_HOST is '")
+    assert "s3c" not in errors or uri == "s3cret"
+
+
+def test_database_that_accepts_and_never_answers_is_one_line_too(start):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"mongodb://127.0.0.1:{silent.getsockname()[1]}"
+        code, _, errors = start(MONGO_HOST=uri, SECRET_KEY="x").end()
+    assert (code, errors.count("\n")) == (2, 1), errors
+
+
+def test_port_in_use_is_one_line(start):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, _, errors = start(PORT=port).end()
+    assert (code, errors.count("\n")) == (2, 1), errors
+    assert port in errors and "free port" in errors
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "1.2.3.4", "a..b", "x" * 70])
+def test_host_that_is_not_ours_is_one_line(start, host):
+    code, _, errors = start(HOST=host).end()
+    assert (code, errors.count("\n")) == (2, 1), errors
+    assert host in errors
+
+
+def test_standalone_mongodb_is_said_in_one_line(start, standalone):
+    process = start(MONGO_HOST=standalone.uri, SECRET_KEY="x").wait_until_ready()
+    code, output, errors = process.stop()
+    assert (code, errors) == (0, "") and "run one process only" in output
+
+
+async def test_every_socket_is_closed_with_1001_and_then_the_database(serve, settings):
+    server = await serve(settings)
+    sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
+    codes = asyncio.gather(*map(closed, sockets))
+    await asyncio.sleep(0)
+    await server.close()
+    assert await codes == [1001, 1001]
+
+
+async def test_a_thousand_sockets_and_a_stalled_one_close_at_once(start):
+    process = start(MAX_UNSENT_BYTES="1073741824").wait_until_ready()
+    connector = aiohttp.TCPConnector(limit=0)
+    jar = aiohttp.CookieJar(unsafe=True)
+    async with aiohttp.ClientSession(
+        process.url, connector=connector, cookie_jar=jar
+    ) as session:
+        await session.post("/signin", data=form("ann"))
+        sockets = [await session.ws_connect("/ws") for _ in range(1000)]
+        codes = [asyncio.create_task(closed(ws)) for ws in sockets]
+        process.process.send_signal(signal.SIGINT)
+        assert set(await asyncio.gather(*codes)) == {1001}
+        code, _, errors = await asyncio.to_thread(process.end)
+    assert (code, errors) == (0, "")
