@@ -1068,7 +1068,7 @@ async def close_room(app: web.Application) -> None:
 
 
 def in_one_line(record: logging.LogRecord) -> bool:
-    """Log a stranger's malformed request without a traceback: it is no fault of ours."""
+    """Log a stranger's malformed request without a traceback: the fault is not here."""
     error = record.exc_info and record.exc_info[1]
     if isinstance(error, MALFORMED):
         record.msg = f"{record.getMessage()}: {type(error).__name__}"

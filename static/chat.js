@@ -49,11 +49,11 @@ function makeNonce() { // crypto.randomUUID is missing where there is no https
 
 // One at a time, so that a message that has to be repeated is not overtaken.
 function sendNext() {
-  clearTimeout(retry);
-  if (socket?.readyState !== WebSocket.OPEN || !online.size || inFlight || !pending.length) return;
+  if (!online.size || inFlight || !pending.length) return; // nobody is online before `welcome`
   const { nonce, text } = pending[0];
   inFlight = nonce;
   socket.send(JSON.stringify({ type: "message", text, nonce }));
+  clearTimeout(retry);
   retry = setTimeout(sendAgain, 10_000);
 }
 
@@ -104,7 +104,10 @@ function handleMessage(event) {
     lastId = event.id;
     showMessage(event);
   }
-  if (own) sendNext();
+  if (own) {
+    showProblem("");
+    sendNext();
+  }
 }
 
 function handleError(event) {
