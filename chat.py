@@ -51,7 +51,7 @@ import time
 import unicodedata
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -535,14 +535,17 @@ class TokenBucket:
         return 0
 
 
-def make_throttle(per_minute: int):
-    """Return what gives the bucket of an address and a login: ten thousand of them.
+def make_throttle(per_minute: int) -> Callable:
+    """Return a function that gives an address and a login their bucket.
 
     Known limits: every process has its own, and behind a proxy all have one address.
     """
-    return functools.lru_cache(maxsize=10_000)(
-        lambda address, login: TokenBucket(per_minute / 60, per_minute)
-    )
+
+    @functools.lru_cache(maxsize=10_000)  # then the longest idle bucket is forgotten
+    def bucket(address: str | None, login: str) -> TokenBucket:
+        return TokenBucket(per_minute / 60, per_minute)
+
+    return bucket
 
 
 class ChatList(web.View):
@@ -579,9 +582,10 @@ class Invalid(Exception):
 
 
 class Form(web.View):
-    """Show a form and take it; what comes out well is a user, who is then signed in."""
+    """Show a form, take it, and sign in the user whom `submit` makes of it.
 
-    template: str
+    A form of its own has a `template`, and a `submit` that may raise Invalid.
+    """
 
     async def get(self) -> web.Response:
         if self.request[USER]:
@@ -603,10 +607,6 @@ class Form(web.View):
         session = await new_session(self.request)
         session["user"] = str(user["_id"])  # not the name: another may have it later
         raise web.HTTPSeeOther(url(self.request, "main"))
-
-    async def submit(self, form: dict[str, str]) -> dict:
-        """Return the user. Raises Invalid."""
-        raise NotImplementedError
 
     def page(self, form, errors, status=200, headers=None) -> web.Response:
         context = {"form": form, "errors": errors}
@@ -657,9 +657,7 @@ class SignIn(Form):
             return await users.create(name, email, form["password"])
         except DuplicateKeyError as error:
             field = "email" if "email_key" in error.details["keyPattern"] else "login"
-            raise Invalid(
-                {field: "Somebody has an account with this already."}
-            ) from None
+            raise Invalid({field: "Somebody has this already."}) from None
 
 
 # Letters that show as nothing: with them one name could look like another.
@@ -839,8 +837,8 @@ class Room:
             if connection.ws.closed or transport.is_closing():
                 continue  # nothing may follow a close frame
             transport.write(batch)
-            # What its reader does not take piles up here. Cut it off: it costs
-            # memory, and it gets everything when it comes back.
+            # What a reader does not take piles up here: it is cut off, and gets
+            # everything when it comes back.
             if transport.get_write_buffer_size() > self.settings.MAX_UNSENT_BYTES:
                 transport.abort()
 
@@ -879,15 +877,18 @@ class Room:
         finds out by sending it again with the same nonce.
         """
         async with self.saving:  # two at once would only fight for the number
+            told = self.last
             event = self.receipts.get((user["name"], nonce))
-            if event is None:
-                last = max(self.last, self.claimed)
-                message = await Message(self.db).save(last, user, text, nonce)
-                event = to_event(message)
-                if event["id"] > self.last:
-                    self.claimed = event["id"]
-                    self.receipts[user["name"], nonce] = event
-        return event if event["id"] <= self.last else None
+            event = event or await self.store(user, text, nonce)
+        return event if event["id"] <= told else None  # else the broadcast tells it
+
+    async def store(self, user: dict, text: str, nonce: str) -> dict:
+        last = max(self.last, self.claimed)
+        event = to_event(await Message(self.db).save(last, user, text, nonce))
+        if event["id"] > last:
+            self.claimed = event["id"]
+            self.receipts[user["name"], nonce] = event
+        return event
 
     async def keep_presence(self) -> None:
         """Tell the database twice a second who has gone, and at times who is here."""
@@ -934,12 +935,11 @@ class WebSocket(web.View):
         )
         connection = Connection(ws, self.request.transport, self.request[USER])
         try:
-            await ws.prepare(self.request)
-            await room.replay(ws, after)
-            await room.join(connection)
-            await self.receive(connection)
-        except ConnectionResetError:
-            pass  # the other side went away while we were sending
+            with suppress(ConnectionResetError):  # the other side went while we sent
+                await ws.prepare(self.request)
+                await room.replay(ws, after)
+                await room.join(connection)
+                await self.receive(connection)
         finally:
             room.leave(connection)
         return ws

@@ -644,8 +644,8 @@ def field_error(page, name):
         ({"email": "a@b@c"}, "email", "not an email"),
         ({"email": "a\0@b.c"}, "email", "not an email"),
         ({"email": "x" * 250 + "@b.c" + "d"}, "email", "at most 254"),
-        ({"login": "ANN"}, "login", "already"),
-        ({"email": "ANN@example.org"}, "email", "already"),
+        ({"login": "ANN"}, "login", "has this already"),
+        ({"email": "ANN@example.org"}, "email", "has this already"),
     ],
 )
 async def test_sign_up_says_what_is_wrong_beside_the_field(
@@ -814,6 +814,15 @@ async def test_form_that_cannot_be_read_is_a_clear_400(serve, caplog, path, kind
     assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 422"))
     assert b"could not be read" in answer or b'role="alert"' in answer
     assert "Traceback" not in caplog.text
+
+
+def test_log_keeps_the_traceback_of_a_fault_of_ours(caplog):
+    chat.init_app(chat.Settings())
+    try:
+        raise KeyError("a fault of ours")
+    except KeyError:
+        chat.logging.getLogger("aiohttp.server").exception("Error")
+    assert "Traceback" in caplog.text
 
 
 async def test_body_that_is_broken_or_huge_is_refused(serve, caplog):
@@ -1239,13 +1248,15 @@ async def test_connection_that_is_closing_gets_nothing_after_the_close_frame(ser
     server = await serve(chat.Settings())
     ann = await sign_in(server)
     ws, other = await connect(ann), await connect(ann)
-    room, user = app_of(server)[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
+    room = app_of(server)[chat.ROOM]
     mine = list(room.connections.values())[0]
     code = asyncio.create_task(closed(ws))
     closing = asyncio.create_task(mine.ws.close(code=1001, drain=False))
-    await asyncio.sleep(0)
-    await room.say(user, "too late", "n1")
-    assert (await read(other, "message"))["text"] == "too late"
+    await asyncio.sleep(0)  # the close frame is out, the connection still in the room
+    room.broadcast({"type": "left", "user": "nobody"})
+    room.flush()
+    assert mine.id in room.connections
+    assert await read(other, "left") == {"type": "left", "user": "nobody"}
     assert await code == 1001
     await closing
 
@@ -1297,6 +1308,16 @@ async def test_departure_while_the_database_is_away_is_told_later(serve, standal
     await asyncio.sleep(chat.ABSENCE + chat.DEADLINE + 1)
     standalone.thaw()
     assert await read(from_ann, "left") == {"type": "left", "user": "bob"}
+
+
+async def test_peer_that_is_gone_in_the_middle_of_an_answer_is_no_error(serve, caplog):
+    server = await serve(chat.Settings())
+    with await stall(server, await sign_in(server)) as peer:
+        await until(lambda: server.app[chat.ROOM].connections)
+        peer.send(500 * b"\x81\x81\0\0\0\0x")  # each gets an answer that nobody reads
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    await until(lambda: not server.app[chat.ROOM].connections)
+    assert caplog.text == ""
 
 
 async def test_handshake_that_is_none_is_a_400(server):

@@ -15,6 +15,7 @@ let lastId = Number(messages.lastElementChild?.dataset.id ?? 0);
 let inFlight = null; // the nonce that waits for its receipt, one at a time
 let retry = 0; // the timer that sends it again
 let unread = 0;
+let atEnd = true; // whether the newest message was in sight before a resize
 let online = new Set();
 
 // --- What was typed: kept in this tab until the server has it ---
@@ -165,10 +166,14 @@ function make(name, text = "", properties = {}) {
 }
 
 function show(item) {
-  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+  const follow = isAtEnd();
   if (item.dataset.nonce) messages.append(item);
   else messages.insertBefore(item, messages.querySelector(".pending"));
-  if (atEnd) scrollToEnd();
+  if (follow) scrollToEnd();
+}
+
+function isAtEnd() {
+  return log.scrollHeight - log.scrollTop - log.clientHeight < 40;
 }
 
 function scrollToEnd() {
@@ -255,6 +260,12 @@ box.addEventListener("input", () => {
   showProblem("");
   keep();
 });
+log.addEventListener("scroll", () => {
+  atEnd = isAtEnd();
+});
+new ResizeObserver(() => { // as when a phone shows its keyboard
+  if (atEnd) scrollToEnd();
+}).observe(log);
 find("older")?.addEventListener("click", showOlder);
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden) showUnread(0);
