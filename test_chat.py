@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlencode
 
 import aiohttp
 import pymongo
@@ -308,10 +309,6 @@ async def closed(ws):
     return ws.close_code
 
 
-def app_of(server):
-    return server.app
-
-
 def shown_ids(page):
     return [int(number) for number in re.findall(r'data-id="(\d+)"', page)]
 
@@ -505,8 +502,8 @@ async def test_message_numbers_have_no_gap(server):
     sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
     for _ in range(8):
         await asyncio.gather(*(say(ws, "hello") for ws in sockets))
-    last = app_of(server)[chat.ROOM].last
-    messages = await chat.Message(app_of(server)[chat.DATABASE]).newest(100)
+    last = server.app[chat.ROOM].last
+    messages = await chat.Message(server.app[chat.DATABASE]).newest(100)
     assert [message["_id"] for message in messages] == list(range(1, last + 1))
     assert last == 16
 
@@ -515,8 +512,8 @@ async def test_two_that_fight_for_every_number_leave_no_gap(serve, mongodb):
     """Two applications on one database claim numbers at the same time."""
     settings = on(mongodb)
     databases = [
-        app_of(await serve(settings))[chat.DATABASE],
-        app_of(await serve(settings))[chat.DATABASE],
+        (await serve(settings)).app[chat.DATABASE],
+        (await serve(settings)).app[chat.DATABASE],
     ]
     users = [{"_id": ObjectId(), "name": name} for name in ("ann", "bob")]
 
@@ -533,7 +530,7 @@ async def test_two_that_fight_for_every_number_leave_no_gap(serve, mongodb):
 
 
 async def test_nonce_is_stored_once_even_when_the_process_has_forgotten(serve, mongodb):
-    db = app_of(await serve(on(mongodb)))[chat.DATABASE]
+    db = (await serve(on(mongodb))).app[chat.DATABASE]
     user = {"_id": ObjectId(), "name": "ann"}
     messages = chat.Message(db)
     first = await messages.save(0, user, "once", "n1")
@@ -546,7 +543,7 @@ async def test_nonce_is_stored_once_even_when_the_process_has_forgotten(serve, m
 
 async def test_memory_holds_the_newest_messages_only(serve):
     server = await serve(chat.Settings())
-    db, room = app_of(server)[chat.DATABASE], app_of(server)[chat.ROOM]
+    db, room = server.app[chat.DATABASE], server.app[chat.ROOM]
     user = {"_id": ObjectId(), "name": "ann"}
     for number in range(3 * chat.KEPT):
         await room.say(user, f"{number}", f"{number}")
@@ -561,7 +558,7 @@ async def test_repeat_of_a_message_older_than_the_kept_ones_finds_it(serve, mong
     server = await serve(on(mongodb))
     ws = await connect(await sign_in(server))
     first = await say(ws, "long ago", "n1")
-    app_of(server)[chat.ROOM].receipts.clear()
+    server.app[chat.ROOM].receipts.clear()
     assert await say(ws, "long ago", "n1") == first
     assert (await say(ws, "next"))["id"] == 2
 
@@ -770,7 +767,7 @@ async def raw_request(server, line, *headers, body=b""):
 async def test_session_of_a_user_who_is_gone_leads_to_login(server):
     """And an account of the same name, made later, does not inherit the session."""
     ann = await sign_in(server, "ann")
-    await app_of(server)[chat.DATABASE].users.delete_one({"name": "ann"})
+    await server.app[chat.DATABASE].users.delete_one({"name": "ann"})
     await sign_in(server, "ann")
     assert (await ann.get("/")).url.path == "/login"
 
@@ -816,6 +813,38 @@ async def test_form_that_cannot_be_read_is_a_clear_400(serve, caplog, path, kind
     assert "Traceback" not in caplog.text
 
 
+async def test_generated_forms_are_taken_or_refused_but_never_break(server, caplog):
+    st = strategies()
+    field = st.text(max_size=40) | st.text("abc_-@. ", max_size=40)
+    passwords = st.just(PASSWORD) | field
+    fields = {"login": field, "email": field | st.just("")}
+    fields |= {"password": passwords, "password2": passwords}
+    form = st.fixed_dictionaries({}, optional=fields) | st.fixed_dictionaries(fields)
+    for data in examples(form, 60):
+        visitor = await server.visitor()
+        data = {key: text.encode(errors="replace") for key, text in data.items()}
+        body = urlencode(data)
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        for path in "/login", "/signin":
+            response = await visitor.post(path, data=body, headers=headers)
+            assert response.status in {200, 422, 429}
+    assert "Traceback" not in caplog.text
+
+
+async def test_generated_cookies_origins_and_headers_break_nothing(serve, caplog):
+    st, server = strategies(), await serve(chat.Settings())
+    value = st.binary(max_size=60).map(lambda data: re.sub(rb"[\r\n\0]", b"", data))
+    names = [b"Cookie", b"Origin", b"Host", b"X-Forwarded-Host", b"Content-Type"]
+    names += [b"Upgrade", b"Connection", b"Sec-WebSocket-Key", b"Content-Length"]
+    header = st.tuples(st.sampled_from(names), value).map(b": ".join)
+    session = value.map(lambda data: b"Cookie: AIOHTTP_SESSION=" + data)
+    for line in examples(header | session, 120):
+        for request in b"GET /", b"GET /ws", b"POST /login":
+            answer = await raw_request(server, request, line, b"Content-Length: 0")
+            assert re.match(rb"HTTP/1.[01] [34]", answer), (line, answer[:200])
+    assert "Traceback" not in caplog.text
+
+
 def test_log_keeps_the_traceback_of_a_fault_of_ours(caplog):
     chat.init_app(chat.Settings())
     try:
@@ -842,7 +871,7 @@ async def test_body_that_is_broken_or_huge_is_refused(serve, caplog):
 
 async def test_older_messages_are_on_a_plain_page(server):
     ann = await sign_in(server)
-    room, user = app_of(server)[chat.ROOM], {"_id": ObjectId(), "name": "bob"}
+    room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "bob"}
     for number in range(1, 121):
         await room.say(user, f"text {number}", f"{number}")
     await until(lambda: room.last == 120)
@@ -927,7 +956,7 @@ async def test_lost_receipt_is_resent_and_stored_once(server):
     ws = await connect(ann)
     await ws.send_json({"type": "message", "text": "once", "nonce": "n1"})
     await ws.close()
-    await until(lambda: app_of(server)[chat.ROOM].last == 1)
+    await until(lambda: server.app[chat.ROOM].last == 1)
     ws = await connect(ann, after=0)
     assert [event["nonce"] for event in ws.replayed] == ["n1"]
     for _ in range(3):
@@ -960,9 +989,9 @@ async def test_who_comes_back_gets_what_was_missed_in_order_and_then_welcome(ser
 
 async def test_nothing_falls_between_replay_and_live(server):
     """People come back again and again while somebody talks without a pause."""
-    settings = app_of(server)[chat.SETTINGS]
+    settings = server.app[chat.SETTINGS]
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
-    room, user = app_of(server)[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
+    room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
 
     async def talk():
         for number in range(300):
@@ -990,7 +1019,7 @@ async def test_nothing_falls_between_replay_and_live(server):
 async def test_who_missed_more_than_is_kept_sees_the_gap(serve):
     server = await serve(chat.Settings())
     ann = await sign_in(server)
-    room, user = app_of(server)[chat.ROOM], {"_id": ObjectId(), "name": "bob"}
+    room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "bob"}
     for number in range(chat.KEPT + 10):
         await room.say(user, "x", f"{number}")
     await until(lambda: room.last == chat.KEPT + 10)
@@ -1028,8 +1057,7 @@ async def test_bad_frame_gets_an_error_and_the_connection_stays(serve, caplog):
 
 async def test_generated_frames_never_break_the_connection(serve, caplog):
     """Any JSON, any text, any bytes: an answer, or the message; never silence."""
-    hypothesis = need(optional("hypothesis"), "pip install -r .ci/requirements.txt")
-    st = hypothesis.strategies
+    st = strategies()
     text = st.text(st.characters(), max_size=70)
     scalar = st.none() | st.booleans() | st.floats() | st.integers() | text
     value = st.recursive(scalar, lambda v: st.lists(v) | st.dictionaries(text, v))
@@ -1038,14 +1066,7 @@ async def test_generated_frames_never_break_the_connection(serve, caplog):
     event = st.dictionaries(names, value) | st.fixed_dictionaries(
         {"type": kinds, "text": value, "nonce": value}
     )
-    frames = []
-
-    def collect(frame):
-        frames.append(frame)
-
-    hypothesis.settings(max_examples=300, database=None, derandomize=True)(
-        hypothesis.given(event | value | text | st.binary(max_size=50))(collect)
-    )()
+    frames = examples(event | value | text | st.binary(max_size=50), 300)
     server = await serve(chat.Settings(MESSAGE_BURST=1000))
     ws = await connect(await sign_in(server))
     for frame in frames:
@@ -1056,6 +1077,26 @@ async def test_generated_frames_never_break_the_connection(serve, caplog):
         assert (await read(ws, "error", "message"))["type"] in {"error", "message"}
     assert (await say(ws, "still here"))["text"] == "still here"
     assert caplog.text == ""
+
+
+def strategies():
+    hypothesis = optional("hypothesis")
+    return need(hypothesis, "pip install -r .ci/requirements.txt").strategies
+
+
+def examples(strategy, count):
+    """Generate that many, the same on every run."""
+    import hypothesis
+
+    found = []
+
+    @hypothesis.settings(max_examples=count, database=None, derandomize=True)
+    @hypothesis.given(strategy)
+    def collect(example):
+        found.append(example)
+
+    collect()
+    return found
 
 
 def optional(name):
@@ -1173,7 +1214,7 @@ async def stall(server, visitor):
 async def test_reader_that_stops_reading_delays_nobody_and_is_cut_off(serve):
     settings = chat.Settings(MAX_MESSAGE_LENGTH=10_000, MAX_UNSENT_BYTES=100_000)
     server = await serve(settings)
-    room, user = app_of(server)[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
+    room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
     from_ann = await connect(await sign_in(server, "ann"))
     with await stall(server, await sign_in(server, "bob")) as stalled:
         await until(lambda: len(room.connections) == 2)
@@ -1193,7 +1234,7 @@ async def test_reader_that_stops_reading_delays_nobody_and_is_cut_off(serve):
 async def test_reader_that_stops_during_the_replay_delays_nobody(serve):
     server = await serve(chat.Settings(MAX_MESSAGE_LENGTH=10_000))
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
-    room, user = app_of(server)[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
+    room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
     for number in range(300):
         await room.say(user, "😀" * 10_000, f"{number}")
     await until(lambda: room.last == 300)
@@ -1218,7 +1259,7 @@ async def test_frames_that_fall_due_together_leave_in_one_write(serve, monkeypat
     server = await serve(chat.Settings())
     ws = await connect(await sign_in(server))
     await read(ws, "joined")
-    room = app_of(server)[chat.ROOM]
+    room = server.app[chat.ROOM]
     (connection,) = room.connections.values()
     writes, write = [], connection.transport.write
     monkeypatch.setattr(
@@ -1248,7 +1289,7 @@ async def test_connection_that_is_closing_gets_nothing_after_the_close_frame(ser
     server = await serve(chat.Settings())
     ann = await sign_in(server)
     ws, other = await connect(ann), await connect(ann)
-    room = app_of(server)[chat.ROOM]
+    room = server.app[chat.ROOM]
     mine = list(room.connections.values())[0]
     code = asyncio.create_task(closed(ws))
     closing = asyncio.create_task(mine.ws.close(code=1001, drain=False))
@@ -1266,10 +1307,24 @@ async def test_presence_that_was_lost_is_put_back(server, monkeypatch):
     monkeypatch.setattr(chat, "RENEWAL", 0.2)
     ws = await connect(await sign_in(server))
     assert (await read(ws))["type"] == "joined"
-    db = app_of(server)[chat.DATABASE]
-    await db.delete(db.online, {})
-    assert await read(ws) == {"type": "left", "user": "ann"}
-    assert await read(ws) == {"type": "joined", "user": "ann"}
+    db = server.app[chat.DATABASE]
+    for _ in range(3):
+        await db.delete(db.online, {})
+        assert await read(ws) == {"type": "left", "user": "ann"}
+        assert await read(ws) == {"type": "joined", "user": "ann"}
+
+
+async def test_catching_up_tells_who_has_gone_and_who_has_come(serve):
+    """As after a stream that was broken while people came and went."""
+    server = await serve(chat.Settings())
+    ws = await connect(await sign_in(server))
+    assert await read(ws, "joined") == {"type": "joined", "user": "ann"}
+    room, db = server.app[chat.ROOM], server.app[chat.DATABASE]
+    room.online[ObjectId()] = "bob"
+    await db.db.online.insert_one({"_id": ObjectId(), "user": "eve"})
+    db.queue.put_nowait(None)
+    assert await read(ws) == {"type": "left", "user": "bob"}
+    assert await read(ws) == {"type": "joined", "user": "eve"}
 
 
 async def test_joining_while_the_database_is_away_is_announced_later(
