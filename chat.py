@@ -34,6 +34,7 @@ A few words mean one thing each, everywhere below:
 #   "jinja2>=3.1",
 #   "mongomock-motor>=0.0.36",
 #   "motor>=3.7",
+#   "typing-extensions>=4.12",  # mongomock-motor imports it, and forgot to say so
 # ]
 # ///
 

@@ -385,7 +385,7 @@ def test_inline_metadata_says_what_requirements_say():
     source = (HERE / "chat.py").read_text()
     block = re.search(r"(?m)^# /// script$\s(?P<content>(^#.*$\s)+)^# ///$", source)
     metadata = "".join(line[2:] for line in block["content"].splitlines(True))
-    inline = re.findall(r'^ *"(.+)",?$', metadata, re.MULTILINE)
+    inline = re.findall(r'^ *"(.+)",', metadata, re.MULTILINE)
     chat_part = (HERE / "requirements.txt").read_text().split("\n\n")[0]
     required = [line for line in chat_part.splitlines() if not line.startswith("#")]
     assert sorted(inline) == sorted(required)
