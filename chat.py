@@ -92,7 +92,7 @@ class WrongSetting(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """Hold what can be set; `.env.example` explains each. Raises WrongSetting."""
+    """Hold what can be set (`.env.example` explains each). Raises WrongSetting."""
 
     DEBUG: bool = False
     HOST: str = "127.0.0.1"
@@ -116,9 +116,7 @@ class Settings:
             wanted = "1 to 38 letters, digits, _ or -"
             raise WrongSetting("MONGO_DB_NAME", self.MONGO_DB_NAME, wanted)
         if self.MONGO_HOST and not self.SECRET_KEY:
-            wanted = (
-                "a text hard to guess where MONGO_HOST is set: all processes share it"
-            )
+            wanted = "hard to guess where MONGO_HOST is set: all processes share it"
             raise WrongSetting("SECRET_KEY", self.SECRET_KEY, wanted)
 
 
@@ -194,7 +192,7 @@ async def db_handler(request: web.Request, handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except UNAVAILABLE as error:
-        log.warning("%s: the database failed: %s", request.path, reason(error))
+        log.warning("%s: the database failed: %s", request.rel_url, reason(error))
         raise web.HTTPServiceUnavailable(
             text="The database does not answer. Please try again in a moment.",
             headers={"Retry-After": "5"},
@@ -272,9 +270,9 @@ class Database:
         await collection.delete_many(query)
 
     async def changes(self) -> AsyncIterator[tuple | None]:
-        """Yield None when the stream is open; then, in order, for every change
+        """Yield None when the stream is open, and from then on every change in order:
 
-        the collection's name, "insert" or "delete", and the document or its `_id`.
+        the collection's name, "insert" or "delete", and the document (or its `_id`).
         The driver resumes a broken stream by itself; raises PyMongoError if it can't.
         """
         pipeline = [{"$match": {"operationType": {"$in": ["insert", "delete"]}}}]
