@@ -914,11 +914,11 @@ class Room:
 
         Without waiting for their readers (drain): one that has stalled would hold us.
         """
-        closing = (
-            connection.ws.close(code=WSCloseCode.GOING_AWAY, drain=False)
-            for connection in self.connections.values()
-        )
+        connections, code = list(self.connections.values()), WSCloseCode.GOING_AWAY
+        closing = [c.ws.close(code=code, drain=False) for c in connections]
         await asyncio.gather(*closing, return_exceptions=True)
+        for connection in connections:
+            connection.transport.abort()  # what nobody has read by now
 
 
 class WebSocket(web.View):
