@@ -554,6 +554,21 @@ async def test_memory_holds_the_newest_messages_only(serve):
     assert shown_ids(page) == list(range(3 * chat.KEPT - 49, 3 * chat.KEPT + 1))
 
 
+async def test_write_that_landed_without_an_answer_is_still_told(serve):
+    """As after a deadline: stored, but nobody was told; the next number shows it."""
+    server = await serve(chat.Settings())
+    ws = await connect(await sign_in(server))
+    late = {"_id": 1, "user_id": ObjectId(), "user": "bob", "text": "late"}
+    late |= {"time": chat.datetime.now(chat.timezone.utc), "nonce": "n1"}
+    await server.app[chat.DATABASE].db.messages.insert_one(late)
+    await ws.send_json({"type": "message", "text": "next", "nonce": "n2"})
+    told = [await read(ws, "message") for _ in range(2)]
+    assert [(event["id"], event["text"]) for event in told] == [
+        (1, "late"),
+        (2, "next"),
+    ]
+
+
 async def test_repeat_of_a_message_older_than_the_kept_ones_finds_it(serve, mongodb):
     server = await serve(on(mongodb))
     ws = await connect(await sign_in(server))
