@@ -31,6 +31,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"{error.name} is missing: pip install -r bench/requirements.txt")
 
+NAN = float("nan")
 WORKLOADS = {"one": (1, 1), "eight": (8, 8)}  # senders, messages in flight of each
 ROOT = Path(__file__).parent.parent
 
@@ -107,8 +108,9 @@ def summarize(rounds: list[dict]) -> dict:
         runs = [one[workload] for one in rounds if one[workload]]
         for run in runs:
             run["rate"] = run["deliveries"] / run["seconds"]
-            run["per_cpu"] = run["deliveries"] / (run["cpu"] or float("nan"))
-        figures = runs[0] if runs else dict.fromkeys(FIGURES, float("nan"))
+            nothing = not (run["deliveries"] and run["cpu"])
+            run["per_cpu"] = NAN if nothing else run["deliveries"] / run["cpu"]
+        figures = runs[0] if runs else dict.fromkeys(FIGURES, NAN)
         median = {
             key: statistics.median(run[key] for run in runs or [figures])
             for key in figures

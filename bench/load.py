@@ -247,6 +247,7 @@ class Load:
             own += number == talker.number
             if talker.number == 0:
                 self.offset += end - start
+                self.heard += 1
                 if found and (sent := self.sent.pop((number, int(found[2])), None)):
                     self.ends.append((self.offset, sent))
             start = end
@@ -279,7 +280,8 @@ class Load:
     def begin(self) -> None:
         """Count from zero. Nothing may be on its way."""
         self.position[:] = [0] * len(self.position)
-        self.offset, self.slowest, self.ends, self.delays = 0, 0, deque(), []
+        self.offset, self.heard, self.slowest = 0, 0, 0
+        self.ends, self.delays = deque(), []
         self.half_pings.clear()
         self.on_own = None
 
@@ -330,7 +332,7 @@ class Load:
         sent = sum(talker.count for talker in speakers) - counts
         missing = self.wait_for_the_rest(sent, limit=max(1, 2 * seconds))
         gc.enable()
-        size = self.offset / max(len(self.delays) + len(self.ends), 1)
+        size = self.offset / max(self.heard, 1)
         return {
             "messages": sent,
             "frame": size,
@@ -355,7 +357,7 @@ class Load:
         waiting = [*(when for _, when in self.ends), *self.sent.values()]
         self.delays += [now - when for when in waiting]  # at least
         self.sent.clear()
-        size = self.offset / max(len(self.delays) - len(waiting) + len(self.ends), 1)
+        size = self.offset / max(self.heard, 1)
         due = sent * len(self.position) * size
         return abs(due - sum(self.position)) / due if due else 1
 
