@@ -556,13 +556,21 @@ def make_throttle(per_minute: int) -> Callable:
     return bucket
 
 
-class ChatList(web.View):
+class RoomView(web.View):
+    """A view of the room. Several rooms would be told apart here."""
+
+    @property
+    def room(self) -> "Room":
+        return self.request.app[ROOM]
+
+
+class ChatList(RoomView):
     """Show the newest messages, or with `?before=17` the ones before number 17."""
 
     @aiohttp_jinja2.template("chat.html")
     async def get(self) -> dict:
-        room, before = self.request.app[ROOM], read_number(self.request, "before")
-        messages = list(room.recent)[-PAGE:]
+        before = read_number(self.request, "before")
+        messages = list(self.room.recent)[-PAGE:]
         if before is not None:
             messages = await Message(self.request[DB]).newest(PAGE, before=before)
             messages = [to_event(message) for message in messages]
@@ -930,11 +938,11 @@ class Room:
             connection.transport.abort()  # what nobody has read by now
 
 
-class WebSocket(web.View):
+class WebSocket(RoomView):
     """Replay what was missed, welcome, then take messages until the socket closes."""
 
     async def get(self) -> web.WebSocketResponse:
-        after, room = read_number(self.request, "after"), self.request.app[ROOM]
+        after, room = read_number(self.request, "after"), self.room
         ws = web.WebSocketResponse(
             heartbeat=HEARTBEAT,
             timeout=1,  # seconds that closing waits for the other side
@@ -965,11 +973,10 @@ class WebSocket(web.View):
 
     async def take(self, user: dict, event: dict, wait: float) -> dict | None:
         """Store a message. Return what only its sender is told: error or receipt."""
-        room = self.request.app[ROOM]
-        if code := find_fault(event, wait, room.settings.MAX_MESSAGE_LENGTH):
+        if code := find_fault(event, wait, self.room.settings.MAX_MESSAGE_LENGTH):
             return error_event(code, event)
         try:
-            return await answer(room.say(user, event["text"], event["nonce"]))
+            return await answer(self.room.say(user, event["text"], event["nonce"]))
         except UNAVAILABLE as error:
             log.warning("A message was not saved: %s", reason(error))
             return error_event("not_saved", event)

@@ -7,10 +7,12 @@ both. A test that needs a MongoDB, a browser or a tool that is not installed say
 and is skipped, unless CI is set in the environment: there it fails.
 """
 
+import ast
 import asyncio
 import base64
 import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -26,6 +28,9 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import aiohttp
+import nbclient
+import nbconvert
+import nbformat
 import pymongo
 import pytest
 from aiohttp import WSMsgType
@@ -2144,3 +2149,285 @@ async def test_chat_works_by_keyboard_alone(browser, server):
     assert await texts(page) == ["one\ntwo"]
     await page.keyboard.press("Shift+Tab")
     assert await page.evaluate("document.activeElement.id") == "log"
+
+
+# ==============================================================================
+# The notebook
+# ==============================================================================
+def read_notebook():
+    return nbformat.read(HERE / "tutorial.ipynb", as_version=4)
+
+
+def tagged(kind):
+    """Return the source of the notebook's cells with a tag like `check:me`, by `me`."""
+    found = {}
+    for cell in read_notebook().cells:
+        for tag in cell.metadata.get("tags", []):
+            if tag.startswith(f"{kind}:"):
+                found[tag.partition(":")[2]] = cell.source
+    return found
+
+
+def solution(name):
+    """Return the first piece of code in the folded solution of an exercise."""
+    folded = tagged("solution")[name].partition("<summary>Solution</summary>")[2]
+    return re.search(r"```python\n(.*?)```", folded, re.DOTALL)[1]
+
+
+EXERCISES = list(tagged("exercise"))
+
+
+class Attendee:
+    """Somebody who does exercises, in a notebook whose first cell has been run."""
+
+    def __init__(self, capsys):
+        self.capsys, self.names = capsys, {"__name__": "__main__"}
+
+    async def run(self, source):
+        """Run a cell as Jupyter does, and return what it prints."""
+        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        code = compile(source, "<cell>", "exec", flags=flags)
+        result = eval(code, self.names)
+        if code.co_flags & inspect.CO_COROUTINE:
+            await result
+        return self.capsys.readouterr().out
+
+    async def attempt(self, name, source):
+        await self.run(source)
+        return await self.run(tagged("check")[name])
+
+
+@pytest.fixture
+async def attendee(capsys, monkeypatch):
+    attendee = Attendee(capsys)
+    monkeypatch.syspath_prepend(HERE)
+    await attendee.run(first_code_cell().source)
+    return attendee
+
+
+def first_code_cell():
+    return next(cell for cell in read_notebook().cells if cell.cell_type == "code")
+
+
+def test_notebook_is_stored_without_outputs_and_counts():
+    for cell in read_notebook().cells:
+        if cell.cell_type == "code":
+            assert (cell.outputs, cell.execution_count) == ([], None), cell.id
+
+
+def chapters():
+    """Return the notebook's cells by the heading of their chapter."""
+    found, heading = {}, ""
+    for cell in read_notebook().cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("## "):
+            heading = cell.source.splitlines()[0].removeprefix("## ")
+        found.setdefault(heading, []).append(cell)
+    return found
+
+
+def sections():
+    """Return the banners of chat.py, `1. Settings` and so on, by their lines."""
+    lines = (HERE / "chat.py").read_text().splitlines()
+    return {
+        number: line.removeprefix("# ")
+        for number, line in enumerate(lines, 1)
+        if re.match(r"# \d\. ", line)
+    }
+
+
+def shown(cell):
+    """Yield what a cell shows of chat.py: `Room.flush`, or `head(Room)`."""
+    calls = [node for node in ast.walk(ast.parse(cell.source)) if is_call(node, "show")]
+    for argument in [argument for call in calls for argument in call.args]:
+        name = ast.unparse(argument)
+        if name.startswith(("chat.", "head(chat.")):
+            yield name.replace("chat.", "", 1)
+
+
+def is_call(node, name):
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == name
+
+
+def definitions():
+    """Yield each function and class of chat.py, and the line that it begins in."""
+    for node in ast.parse((HERE / "chat.py").read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name, node.lineno
+            for method in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    yield f"{node.name}.{method.name}", method.lineno
+
+
+def test_chapters_are_the_sections_of_the_module():
+    titles = [title for title in chapters() if title[:1].isdigit()]
+    assert [title.partition(".")[0] for title in titles] == [
+        str(number) for number in range(len(titles))
+    ]
+    assert titles[1:8] == list(sections().values())
+
+
+def test_everything_in_the_module_is_shown_in_its_own_chapter_once():
+    places = {}  # what is shown, and in which chapters
+    for title, cells in chapters().items():
+        for cell in cells:
+            for name in shown(cell) if cell.cell_type == "code" else ():
+                places.setdefault(name, []).append(title)
+    for name, line in definitions():
+        owner, _, method = name.rpartition(".")
+        alone = name if method != "__init__" else f"head({owner})"
+        names = name, f"head({name})", owner, alone
+        found = [title for n in dict.fromkeys(names) for title in places.get(n, ())]
+        section = [title for first, title in sections().items() if first < line][-1]
+        assert found == [section], name
+
+
+def test_what_the_notebook_says_of_2016_names_what_cures_it():
+    table = next(c for t, c in chapters().items() if t.startswith("10."))[0].source
+    names = re.findall(r"\| `([\w.]+)` \|$", table, re.MULTILINE)
+    assert len(names) >= 20
+    assert set(names) <= {name for name, _ in definitions()}
+
+
+def outputs(notebook):
+    """Yield the id of each code cell, and the text that it has shown."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            parts = [part.get("text", "") for part in cell.outputs]
+            yield cell.id, "".join(parts), cell.source
+
+
+LISTENING = """
+import asyncio, psutil
+process = psutil.Process()
+sorted(c.laddr.port for c in process.net_connections() if c.status == "LISTEN")
+"""
+LEFT = """
+[task.get_coro().__qualname__ for task in asyncio.all_tasks()], [
+    child.cmdline() for child in process.children(recursive=True)]
+"""
+
+
+async def run_notebook(*first):
+    """Run the notebook as it is shipped, and return it with what it shows.
+
+    Before and after it, look which ports are open; after it, what still runs.
+    """
+    notebook = read_notebook()
+    more = [nbformat.v4.new_code_cell(source) for source in (LISTENING, *first)]
+    last = [nbformat.v4.new_code_cell(source) for source in (LISTENING, LEFT)]
+    notebook.cells = [*more, *notebook.cells, *last]
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=60,
+        kernel_name="python3",
+        resources={"metadata": {"path": HERE}},
+    )
+    await client.async_execute()
+    return notebook
+
+
+def shown_value(cell):
+    return ast.literal_eval(cell.outputs[0].data["text/plain"])
+
+
+@pytest.fixture(params=["without a MongoDB", "with a MongoDB"])
+def first_cells(request):
+    if request.param == "with a MongoDB":
+        need(find_mongod(), NO_MONGOD)
+        return []
+    return ["import tutorial\ntutorial.find_mongod = lambda: None"]
+
+
+async def test_notebook_runs_as_shipped_and_leaves_nothing_running(
+    first_cells, monkeypatch
+):
+    monkeypatch.delenv("MONGO_HOST", raising=False)
+    notebook = await run_notebook(*first_cells)
+    before, after, (tasks, processes) = (
+        shown_value(notebook.cells[n]) for n in (0, -2, -1)
+    )
+    assert after == before and processes == []
+    assert not [name for name in tasks if "Room" in name or "Person" in name]
+    said = "\n".join(text for _, text, _ in outputs(notebook))
+    assert ("There is no MongoDB here" in said) == bool(first_cells)
+    assert ("(2, 'in the middle'), (3, 'after')]" in said) == (not first_cells)
+    assert said.count("○ Not attempted yet.") == len(EXERCISES)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            assert output.get("name") != "stderr", output
+
+
+def test_slides_build_with_one_for_each_chapter():
+    slides, _ = nbconvert.SlidesExporter().from_filename(HERE / "tutorial.ipynb")
+    for title in filter(None, chapters()):
+        anchor = title.replace(" ", "-")
+        assert f'id="{anchor}"' in slides
+
+
+def test_there_are_exercises_with_a_check_a_hint_and_a_folded_solution():
+    assert len(EXERCISES) >= 8
+    assert set(EXERCISES) == set(tagged("check")) == set(tagged("solution"))
+    for folded in tagged("solution").values():
+        assert folded.count("<details>") == folded.count("</details>") == 2
+        assert folded.startswith("<details><summary>Hint</summary>")
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+async def test_stub_is_not_attempted(attendee, name):
+    said = await attendee.attempt(name, tagged("exercise")[name])
+    assert said == "○ Not attempted yet.\n"
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+async def test_solution_passes_its_check(attendee, name, request):
+    if name == "pymongo":
+        request.getfixturevalue("mongodb")
+    assert await attendee.attempt(name, solution(name)) == "✓ Done.\n"
+
+
+# What people get wrong: a change of the solution, and what the check says of it.
+WRONG_ATTEMPTS = [
+    ("mended", "await asyncio.to_thread(slow)", "slow()", "one was inside"),
+    ("mended", "await asyncio.to_thread(slow)", "'late'", "has to call slow"),
+    ("mended", "slow)", "undefined)", "NameError"),
+    ("greeting", "super().__post_init__()", "pass", "checks that were there"),
+    ("greeting", "> 100", "> 99", "hundred characters are allowed"),
+    ("greeting", "> 100", "> 101", "101 characters should be refused"),
+    ("greeting", ' = ""', ' = "Hi"', "sets nothing"),
+    ("timing", "except web.HTTPException", "except OSError", "a redirect"),
+    ("timing", "        raise\n", "        return error\n", "deprecated"),
+    ("search", "re.escape(text)", "text", "'1+1' and 'c.t'"),
+    ("search", ', "$options": "i"', "", "any case"),
+    ("search", "-1", "1", "newest should come first"),
+    ("search", ".limit(count)", "", "keep to `count`"),
+    ("unread", 'session["seen"] = last', "pass", "one mark is due"),
+    ("unread", 'session.get("seen", last)', 'session.get("seen", 0)', "first visit"),
+    ("unread", "+ 1}", "+ 2}", "3 is marked"),
+    ("me", '"/me "', '"/me"', "ordinary message"),
+    ("me", "{text[4:]}", "{text[3:]}", "should hear"),
+    ("me", 'f"* {user', 'time.time_ns() and f"* {user', "Done"),
+    ("typing", "wait or ", "", "rate limit"),
+    ("typing", '"user": user["name"]', '"user": "eve"', "who is typing"),
+    ("private", 'if c.user["name"] == name', "", "Eve has heard"),
+    ("private", 'event | {"type": "message"', '{"type": "message"', "Done"),
+    ("private", "if not readers:", "if False:", "Zoe is not here"),
+    ("private", '"id": self.last', '"id": self.last + 1', "is a new one"),
+    ("rooms", 'kitchen[chat.ROOM]}', 'app[chat.ROOM]}', "counts from 1"),
+    ("rooms", "if name not in rooms:", "if False:", "complained"),
+    ("clock", "    task.cancel()\n", "    return\n", "still runs"),
+    ("clock", "str(ObjectId())", '"same"', "never came"),
+    ("health", "await chat.answer(request[chat.DB].messages.find_one())", "", "503"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, old, new, hint",
+    WRONG_ATTEMPTS,
+    ids=[f"{w[0]}-{w[3]}" for w in WRONG_ATTEMPTS],
+)
+async def test_wrong_attempt_is_told_what_it_lacks(attendee, name, old, new, hint):
+    source = solution(name)
+    assert old in source
+    said = await attendee.attempt(name, source.replace(old, new))
+    assert hint in said
+    assert said.startswith("✓" if hint == "Done" else "✗ Not yet.")

@@ -1,0 +1,880 @@
+"""The tools of tutorial.ipynb: show the chat, serve it, talk to it, break a copy of it.
+
+The notebook teaches `chat.py`; what is here would only stand in its way. The checks of
+the exercises come last, so that nobody reads an answer by accident.
+"""
+
+import asyncio
+import contextlib
+import difflib
+import functools
+import importlib.util
+import inspect
+import io
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import time
+from dataclasses import fields
+from html import escape
+from pathlib import Path
+from unittest.mock import patch
+
+import aiohttp
+import pymongo
+from aiohttp import web
+from bson import ObjectId
+from IPython.display import HTML, Markdown, display
+
+import chat
+
+HERE = Path(__file__).parent
+PASSWORD = "correct horse"
+SECRET_KEY = secrets.token_hex()  # one for all servers of a notebook
+
+
+# --- Show ---
+def show(*things) -> None:
+    """Show the source of functions, classes or files, as it is."""
+    for thing in things:
+        if isinstance(thing, Path):
+            title, source = thing.name, thing.read_text()
+            language = {".html": "html", ".js": "javascript"}.get(thing.suffix, "bash")
+        else:
+            whole, language = getattr(thing, "whole", thing), "python"
+            lines, first = inspect.getsourcelines(whole)
+            lines = lines[: getattr(thing, "length", len(lines))]
+            title = f"chat.py, lines {first} to {first + len(lines) - 1}"
+            source = "".join(lines).rstrip()
+            if "." in whole.__qualname__:
+                title += f", in class {whole.__qualname__.partition('.')[0]}"
+        display(Markdown(f"*{title}*\n````{language}\n{source}\n````"))
+
+
+class head:
+    """Stand for the beginning of a class, up to the first method after `__init__`."""
+
+    def __init__(self, whole: type) -> None:
+        lines, first = inspect.getsourcelines(whole)
+        methods = [
+            method.__code__.co_firstlineno - first
+            for name, method in vars(whole).items()
+            if inspect.isfunction(method) and name != "__init__"
+        ]
+        self.whole, self.length = whole, min(methods)
+        while not lines[self.length - 1].strip().strip("#- "):
+            self.length -= 1
+
+
+def frame(server: "Server", path: str = "/", height: int = 480) -> None:
+    """Show a page of the chat in the notebook, and a link to it.
+
+    The frame takes the notebook's own host name: for a browser, 127.0.0.1 and localhost
+    are two sites, and a session cookie stays at home.
+    """
+    address = f"http://localhost:{server.port}{path}"
+    parts = [f'<p>Open <a href="{address}" target="_blank">{address}</a> as well.</p>']
+    if server.host == "0.0.0.0":
+        others = f"http://{own_address()}:{server.port}{path}"
+        parts.append(f'<p>Others on this network: <a href="{others}">{others}</a></p>')
+    if "VSCODE_PID" in os.environ:  # its frames belong to another site: no cookies
+        parts.append("<p>VS Code cannot sign in inside a frame: take the link.</p>")
+    else:
+        name = f"chat-{secrets.token_hex(4)}"
+        parts.append(
+            f'<iframe id="{name}" src="{address}" title="The chat" width="100%" '
+            f'height="{height}" style="border:1px solid #8888"></iframe><script>'
+            "if (/^[0-9.]+$/.test(location.hostname)) "
+            f'document.getElementById("{name}").src = "http://" + location.hostname + '
+            f'":{server.port}{path}";</script>'
+        )
+    display(HTML("".join(parts)))
+
+
+def own_address() -> str:
+    """Return this machine's address on its network. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with contextlib.suppress(OSError):
+            probe.connect(("192.0.2.1", 9))
+        return probe.getsockname()[0]
+
+
+def picture(server: "Server", html: str, height: int = 300) -> None:
+    """Show a page that the server has sent, as a picture: nothing in it can be run."""
+    html = html.replace("<head>", f'<head><base href="http://localhost:{server.port}">')
+    frame = f'<iframe sandbox srcdoc="{escape(html)}" title="A page" width="100%" '
+    frame += f'height="{height}" style="border:1px solid #8888"></iframe>'
+    display(HTML(f"<div>{frame}</div>"))
+
+
+# --- Break a copy ---
+copies = tempfile.TemporaryDirectory(prefix="chat-")
+
+
+def edit(old: str, new: str, file: str = "chat.py", of=chat):
+    """Return a copy of the chat with one piece of it replaced, and show the difference.
+
+    `of` may be such a copy. Raises ValueError if the piece is not there exactly once.
+    """
+    folder = Path(tempfile.mkdtemp(dir=copies.name))
+    for name in "chat.py", "templates", "static":
+        copy = shutil.copytree if (of.HERE / name).is_dir() else shutil.copy
+        copy(of.HERE / name, folder / name)
+    before = (folder / file).read_text()
+    if before.count(old) != 1:
+        raise ValueError(f"{file} has {old!r} {before.count(old)} times, not once")
+    after = before.replace(old, new)
+    (folder / file).write_text(after)
+    lines = before.splitlines(), after.splitlines()
+    changes = list(difflib.unified_diff(*lines, n=2, lineterm=""))[3:]
+    display(Markdown("\n".join([f"*{file}, a copy*", "````diff", *changes, "````"])))
+    spec = importlib.util.spec_from_file_location(folder.name, folder / "chat.py")
+    sys.modules[folder.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- Serve ---
+class Server:
+    """A chat that runs inside the notebook, on the same event loop."""
+
+    def __init__(self, module, app, host: str) -> None:
+        self.module, self.app, self.host, self.port = module, app, host, 0
+        self.people, self.log = [], []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def room(self):
+        return self.app[self.module.ROOM]
+
+    @property
+    def db(self):
+        return self.app[self.module.DATABASE]
+
+    async def visitor(self, name: str = "") -> "Person":
+        """Return somebody with a browser of their own, who has not signed in."""
+        self.people.append(Person(self.url, name))
+        return self.people[-1]
+
+    async def join(self, name: str, path: str = "/ws") -> "Person":
+        """Return somebody who has signed up, or in, and opened a WebSocket."""
+        person = await self.visitor(name)
+        await person.sign_in()
+        return await person.connect(path)
+
+
+class Lines(logging.Handler):
+    """Keep what is logged, a line each."""
+
+    def __init__(self, lines: list) -> None:
+        super().__init__(logging.WARNING)
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if record.exc_info and record.exc_info[1]:
+            error = record.exc_info[1]
+            line += f": {type(error).__name__}: {error}"
+        self.lines.append(line)
+
+
+@contextlib.contextmanager
+def logged(lines: list):
+    handler = Lines(lines)
+    loggers = [logging.getLogger(name) for name in ("chat", "aiohttp.server")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+@contextlib.asynccontextmanager
+async def serving(module=chat, host="127.0.0.1", port=0, change=None, **replaced):
+    """Serve the chat, or a copy of it, for as long as a `with` block lasts.
+
+    `replaced` are settings, and names of chat.py that get another value while the
+    application starts. `change` is called with the application before that.
+    """
+    names = {field.name for field in fields(module.Settings)}
+    settings = {name: replaced.pop(name) for name in names & replaced.keys()}
+    settings = module.Settings(**{"SECRET_KEY": SECRET_KEY} | settings)
+    routes = [
+        (method, path, replaced.get(handler.__name__, handler), name)
+        for method, path, handler, name in module.ROUTES
+    ]
+    async with contextlib.AsyncExitStack() as stack:
+        with patch.multiple(module, **{"ROUTES": routes} | replaced):
+            app = module.init_app(settings)
+            if change:
+                change(app)
+            server = Server(module, app, host)
+            stack.enter_context(logged(server.log))
+            runner = web.AppRunner(app, shutdown_timeout=1, access_log=None)
+            stack.push_async_callback(runner.cleanup)
+            with contextlib.redirect_stdout(io.StringIO()):
+                await runner.setup()
+        site = web.TCPSite(runner, host, port)
+        await site.start()
+        server.port = runner.addresses[0][1]
+        try:
+            yield server
+        finally:
+            for person in server.people:
+                await person.close()
+
+
+live = None  # the server that cells share, and how to stop it
+
+
+async def serve(*arguments, **changes) -> Server:
+    """Serve the chat until `stop`; what was served before is stopped, and replaced.
+
+    Takes what `serving` takes. The port is any that is free, and then stays the same.
+    """
+    global live
+    port = live[0].port if live else 0
+    await stop()
+    stack = contextlib.AsyncExitStack()
+    server = await stack.enter_async_context(
+        serving(*arguments, **{"port": port} | changes)
+    )
+    live = server, stack
+    return server
+
+
+async def stop() -> None:
+    """Stop what `serve` has started, with all people in it."""
+    global live
+    if live:
+        _, stack = live
+        live = None
+        await stack.aclose()
+
+
+# --- Talk ---
+class Person:
+    """Somebody who uses the chat from here, by the same doors as a browser."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.name, self.heard, self.receipts = name, [], {}
+        self.events, self.reader = asyncio.Queue(), None
+        self.session = aiohttp.ClientSession(
+            url, cookie_jar=aiohttp.CookieJar(unsafe=True)
+        )
+
+    async def get(self, path: str, **more) -> str:
+        """Return a page."""
+        async with self.session.get(path, **more) as response:
+            return await response.text()
+
+    async def post(self, path: str, **form) -> tuple[int, str]:
+        """Send a form; return the status, before any redirect, and the page."""
+        async with self.session.post(path, data=form, allow_redirects=False) as answer:
+            return answer.status, await answer.text()
+
+    async def sign_in(self) -> None:
+        """Create an account; where there is one already, sign in with it."""
+        both = {"login": self.name, "password": PASSWORD}
+        status, _ = await self.post("/signin", **both, password2=PASSWORD)
+        if status != 303:
+            status, _ = await self.post("/login", **both)
+        if status != 303:
+            raise RuntimeError(f"{self.name} could not sign in: {status}")
+
+    @property
+    def cookie(self) -> str:
+        """The session, as it is kept in a browser."""
+        return next(iter(self.session.cookie_jar)).value
+
+    async def connect(self, path: str = "/ws", **more) -> "Person":
+        """Open a WebSocket and wait until it is live."""
+        await self.disconnect()
+        self.ws = await self.session.ws_connect(path, **more)
+        self.reader = asyncio.create_task(self.read())
+        await self.next("welcome")
+        return self
+
+    async def read(self) -> None:
+        async for frame in self.ws:
+            event = json.loads(frame.data)
+            self.heard.append(event)
+            self.events.put_nowait(event)
+            receipt = self.receipts.pop(event.get("nonce"), None)
+            if receipt and not receipt.done():
+                receipt.set_result(event)
+
+    async def next(self, *types: str, seconds: float = 5) -> dict:
+        """Return the next event, or the next of some types. Raises TimeoutError."""
+        async with chat.timeout(seconds):
+            while True:
+                event = await self.events.get()
+                if not types or event["type"] in types:
+                    return event
+
+    async def send(self, **event) -> None:
+        await self.ws.send_json(event)
+
+    async def say(self, text: str, nonce: str = "") -> dict:
+        """Say something; return the receipt, or the error. Raises TimeoutError."""
+        nonce = nonce or str(ObjectId())
+        self.receipts[nonce] = asyncio.get_running_loop().create_future()
+        await self.send(type="message", text=text, nonce=nonce)
+        return await asyncio.wait_for(self.receipts[nonce], 5)
+
+    def texts(self) -> list[str]:
+        """Return all that this person has heard people say."""
+        return [event["text"] for event in self.heard if event["type"] == "message"]
+
+    async def disconnect(self) -> None:
+        if self.reader:
+            await self.ws.close()
+            self.reader.cancel()
+            await asyncio.gather(self.reader, return_exceptions=True)
+
+    async def close(self) -> None:
+        await self.disconnect()
+        await self.session.close()
+
+
+async def quiet(seconds: float = 0.3) -> None:
+    """Give everybody time to hear what is on its way."""
+    await asyncio.sleep(seconds)
+
+
+# --- The wire ---
+class Wire:
+    """A WebSocket by hand: the bytes that go over the wire, and what they say."""
+
+    def __init__(self) -> None:
+        self.rows = []
+
+    async def open(self, server: Server, cookie: str, path: str = "/ws") -> "Wire":
+        self.streams = await asyncio.open_connection("127.0.0.1", server.port)
+        request = (
+            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
+            "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
+            f"Cookie: AIOHTTP_SESSION={cookie}\r\n\r\n"
+        )
+        self.streams[1].write(request.encode())
+        answer = await self.streams[0].readuntil(b"\r\n\r\n")
+        self.rows.append(("to the server", request.encode(), "asks for a WebSocket"))
+        self.rows.append(("from the server", answer, "agrees"))
+        return self
+
+    def send(self, event: dict) -> None:
+        """Send a text frame. A client has to mask its payload: XOR with four bytes."""
+        payload, mask = json.dumps(event).encode(), secrets.token_bytes(4)
+        masked = bytes(byte ^ mask[n % 4] for n, byte in enumerate(payload))
+        size = len(payload)
+        length = bytes([0x80 | size]) if size < 126 else bytes([0xFE, size >> 8, size])
+        frame = b"\x81" + length + mask + masked
+        self.rows.append(("to the server", frame, payload.decode()))
+        self.streams[1].write(frame)
+
+    async def read(self) -> dict:
+        """Read a frame. What a server sends is not masked."""
+        reader = self.streams[0]
+        start = await asyncio.wait_for(reader.readexactly(2), 5)
+        size = start[1]
+        if size == 126:
+            start += await reader.readexactly(2)
+            size = int.from_bytes(start[2:], "big")
+        payload = await reader.readexactly(size)
+        self.rows.append(("from the server", start + payload, payload.decode()))
+        return json.loads(payload)
+
+    async def close(self) -> None:
+        self.streams[1].close()
+        with contextlib.suppress(ConnectionError):
+            await self.streams[1].wait_closed()
+
+    def _repr_html_(self) -> str:
+        rows = [
+            f"<tr><td>{way}</td><td>{len(data)}</td>"
+            f"<td><code>{data[:24].hex(' ')}{' …' * (len(data) > 24)}</code></td>"
+            f'<td style="text-align:left">{escape(meaning)}</td></tr>'
+            for way, data, meaning in self.rows
+        ]
+        titles = "".join(f"<th>{name}</th>" for name in ("", "bytes", "", "which say"))
+        return f"<table><tr>{titles}</tr>{''.join(rows)}</table>"
+
+
+# --- Processes ---
+class Process:
+    """`python chat.py`, as somebody would type it, with settings of one's own."""
+
+    def __init__(self, **settings) -> None:
+        names = {field.name for field in fields(chat.Settings)}
+        others = {name: text for name, text in os.environ.items() if name not in names}
+        self.settings = {"PORT": "0"} | {k: str(v) for k, v in settings.items()}
+        self.environment, self.output, self.port = others | self.settings, "", 0
+
+    async def start(self) -> "Process":
+        """Start it, and read what it says until it is ready, or has ended."""
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-u", chat.__file__),
+            env=self.environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        while line := await self.process.stdout.readline():
+            self.output += line.decode()
+            if found := re.search(r"http://\S+:(\d+)", self.output):
+                self.port = int(found[1])
+            if "CTRL+C" in self.output:
+                break
+        return self
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Stop it, if it still runs; return its exit code and all that it said."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+        self.output += (await self.process.communicate())[0].decode()
+        return self.process.returncode, self.output
+
+
+def find_mongod() -> str | None:
+    """Find a MongoDB server: one on the PATH, or the one that pip can install."""
+    if path := shutil.which("mongod"):
+        return path
+    spec = importlib.util.find_spec("fiftyone")
+    for folder in spec.submodule_search_locations if spec else ():
+        path = Path(folder, "db", "bin", "mongod")
+        if path.exists():
+            path.chmod(path.stat().st_mode | stat.S_IXUSR)
+            return str(path)
+    return None
+
+
+NO_MONGODB = (
+    "There is no MongoDB here. Set MONGO_HOST to the URI of a replica set, or see "
+    "«Many processes, one room» in the README; then run this cell again."
+)
+
+
+@contextlib.asynccontextmanager
+async def mongodb():
+    """Give the URI of a replica set: of MONGO_HOST, or one of our own; None if none."""
+    if os.environ.get("MONGO_HOST") or not find_mongod():
+        yield os.environ.get("MONGO_HOST")
+        return
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        where = ["--bind_ip", "127.0.0.1", "--port", str(port), "--dbpath", folder]
+        server = await asyncio.create_subprocess_exec(
+            *(find_mongod(), "--replSet", "rs0", "--quiet", *where),
+            stdout=asyncio.subprocess.DEVNULL,
+        )
+        members = [{"_id": 0, "host": f"127.0.0.1:{port}"}]
+        try:
+            async with pymongo.AsyncMongoClient(
+                "127.0.0.1", port, directConnection=True
+            ) as client:
+                await client.admin.command(
+                    "replSetInitiate", {"_id": "rs0", "members": members}
+                )
+                hello = {}
+                while not hello.get("isWritablePrimary"):
+                    hello = await client.admin.command("hello")
+            yield f"mongodb://127.0.0.1:{port}/?replicaSet=rs0"
+        finally:
+            server.kill()
+            await server.wait()
+
+
+# --- Blocking and awaiting ---
+class Slow:
+    """An answer that takes its time and holds its thread, as an old driver does."""
+
+    def __init__(self, seconds: float = 0.1) -> None:
+        self.seconds, self.calls, self.inside, self.most = seconds, 0, 0, 0
+
+    def __call__(self) -> str:
+        self.calls, self.inside = self.calls + 1, self.inside + 1
+        self.most = max(self.most, self.inside)
+        time.sleep(self.seconds)
+        self.inside -= 1
+        return "late, but here"
+
+
+slow = Slow()
+
+
+async def ask_at_once(handler, count: int) -> list[tuple[float, float]]:
+    """Send requests to a handler at the same time; return when each began and ended.
+
+    In a thread with a loop of its own: who blocks there blocks nobody here.
+    """
+
+    async def ask():
+        started, times, errors = time.perf_counter(), [], []
+
+        async def timed(request):
+            began = time.perf_counter() - started
+            try:
+                return await handler(request)
+            except Exception as error:
+                errors.append(error)
+                return web.Response(status=500)
+            finally:
+                times.append((began, time.perf_counter() - started))
+
+        app = web.Application()
+        app.router.add_get("/", timed)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
+        async with aiohttp.ClientSession() as session:
+
+            async def get():
+                async with session.get(url) as response:
+                    await response.read()
+
+            await asyncio.gather(*(get() for _ in range(count)))
+        await runner.cleanup()
+        if errors:
+            raise errors[0]
+        return times
+
+    return await asyncio.to_thread(asyncio.run, ask())
+
+
+# --- The checks of the exercises ---
+class Lacking(Exception):
+    """Say what an attempt still lacks."""
+
+
+def need(condition, sentence: str) -> None:
+    if not condition:
+        raise Lacking(sentence)
+
+
+def is_stub(attempt) -> bool:
+    """Tell a function that does nothing yet, or a class that adds nothing."""
+    if isinstance(attempt, type):
+        own = [name for name in vars(attempt) if name[0] != "_"]
+        own += [name for name in ("__init__", "__post_init__") if name in vars(attempt)]
+        generated = hasattr(attempt, "__dataclass_fields__")
+        own = [name for name in own if not (generated and name == "__init__")]
+        return all(is_stub(vars(attempt)[name]) for name in own)
+    code = getattr(attempt, "__code__", None)
+    return code and not code.co_names and set(code.co_consts) <= {None, attempt.__doc__}
+
+
+def check(function):
+    """Make a check that says how far an attempt has come, and never raises."""
+
+    @functools.wraps(function)
+    async def run(*attempts) -> None:
+        own = [
+            one for one in attempts if inspect.isfunction(one) or inspect.isclass(one)
+        ]
+        if all(is_stub(attempt) for attempt in own):
+            print("○ Not attempted yet.")
+            return
+        try:
+            async with chat.timeout(20):
+                await function(*attempts)
+        except Lacking as error:
+            print(f"✗ Not yet. {error}")
+        except asyncio.TimeoutError:
+            print("✗ Not yet. Something that was due never came.")
+        except Exception as error:  # an attempt may raise anything
+            print(f"✗ Not yet. It raised {type(error).__name__}: {error}")
+        else:
+            print("✓ Done.")
+
+    return run
+
+
+@contextlib.asynccontextmanager
+async def trying(*arguments, **replaced):
+    """Serve the chat with an attempt in it; what its log says, the attendee reads."""
+    async with serving(*arguments, **replaced) as server:
+        try:
+            yield server
+        except Exception:
+            need(not server.log, f"The chat complained: {(server.log or [''])[-1]}")
+            raise
+        need(not server.log, f"The chat complained: {(server.log or [''])[-1]}")
+
+
+@check
+async def check_mended(mended) -> None:
+    slow.calls = slow.most = 0
+    await ask_at_once(mended, 10)
+    need(slow.calls, "The handler has to call slow(): it stands for a driver as it is.")
+    need(slow.calls == 10, "Every request has to get an answer of its own from slow().")
+    need(slow.most > 1, "Ten came at once, and still only one was inside at a time.")
+
+
+@check
+async def check_greeting(attempt) -> None:
+    def read(**environment):
+        with (
+            patch.dict(os.environ, environment),
+            patch.object(chat, "Settings", attempt),
+        ):
+            return chat.read_settings()
+
+    def refuses(**environment):
+        try:
+            read(**environment)
+        except chat.WrongSetting as error:
+            return str(error)
+        return ""
+
+    names = [field.name for field in fields(attempt)]
+    need("GREETING" in names, "There is no setting GREETING yet.")
+    need(attempt().GREETING == "", "Whoever sets nothing should get no greeting.")
+    need(read(GREETING="Hi!").GREETING == "Hi!", "The environment is not listened to.")
+    need(refuses(PORT="70000"), "The checks that were there before have gone.")
+    need(not refuses(GREETING="x" * 100), "A hundred characters are allowed.")
+    complaint = refuses(GREETING="x" * 101)
+    need(complaint, "A greeting of 101 characters should be refused.")
+    need("GREETING" in complaint, "The complaint has to name the setting.")
+    need("100" in complaint, "The complaint has to say what is wanted.")
+
+
+@check
+async def check_timing(attempt) -> None:
+    async with trying(change=lambda app: app.middlewares.insert(0, attempt)) as server:
+        ann = await server.visitor("ann")
+        pages = {"/login": "a page", "/": "a redirect", "/nothing": "a page not found"}
+        for path, what in pages.items():
+            async with ann.session.get(path, allow_redirects=False) as response:
+                header = response.headers.get("Server-Timing", "")
+            need(
+                response.status in (200, 303, 404), f"{what} came as {response.status}."
+            )
+            need(header, f"There is no Server-Timing on {what} ({path}).")
+            found = re.fullmatch(r"total;dur=(\d+(\.\d+)?)", header)
+            need(found, f"The header is {header!r}; it should be like total;dur=1.5")
+            need(float(found[1]) < 5_000, "The unit is milliseconds.")
+        await ann.sign_in()
+        await ann.connect()
+        need((await ann.say("hello"))["type"] == "message", "The chat has gone silent.")
+
+
+@check
+async def check_search(attempt) -> None:
+    texts = ["a dog", "A CAT", "cats and dogs", "1+1=2", "11=2", "50 % off", "c.t"]
+    async with trying() as server:
+        ann = await server.join("ann")
+        for text in texts:
+            await ann.say(text)
+
+        async def found(*arguments):
+            documents = await attempt(server.db, *arguments)
+            need(isinstance(documents, list), "It should return a list of documents.")
+            return [document["text"] for document in documents]
+
+        need(await found("cats") == ["cats and dogs"], "It does not find 'cats'.")
+        two = await found("cat")
+        need(len(two) == 2, "'cat' should find 'A CAT' too: any case will do.")
+        expected = ["cats and dogs", "A CAT"]
+        need(two == expected, "The newest should come first.")
+        need(await found("cat", 1) == expected[:1], "It should keep to `count`.")
+        need(await found("zebra") == [], "It finds what nobody has said.")
+        literal = await found("1+1") == ["1+1=2"] and await found("c.t") == ["c.t"]
+        need(literal, "What people type is text: '1+1' and 'c.t' mean what they say.")
+
+
+@check
+async def check_unread(attempt) -> None:
+    async with trying(ChatList=attempt) as server:
+        ann, bob = await server.visitor("ann"), await server.join("bob")
+        await bob.say("one")
+        await ann.sign_in()
+        page = await ann.get("/")
+        need('id="messages"' in page, "The page has lost its messages.")
+        need('id="unread"' not in page, "On the first visit nothing is marked.")
+        need('id="unread"' not in await ann.get("/"), "Nothing is new yet.")
+        await bob.say("two")
+        await bob.say("three")
+        page = await ann.get("/")
+        need(page.count('id="unread"') == 1, "Two messages are new: one mark is due.")
+        marked = re.search(
+            r'<li data-id="(\d+)">(?:(?!</li>).)*id="unread"', page, re.S
+        )
+        need(marked, "The mark belongs inside the <li> of a message.")
+        need(marked[1] == "2", f"Number 2 is the first unread; {marked[1]} is marked.")
+        need('id="unread"' not in await ann.get("/"), "Seen once, it is not new again.")
+        older = await ann.get("/?before=3")
+        need('id="unread"' not in older, "Older pages need no mark.")
+
+
+@check
+async def check_me(attempt) -> None:
+    async with trying(Room=attempt) as server:
+        ann, bob = await server.join("ann"), await server.join("bob")
+        receipt = await ann.say("/me waves")
+        need(receipt["type"] == "message", "Ann got an error for her /me.")
+        heard = (await bob.next("message"))["text"]
+        need(heard == "* ann waves", f"Bob should hear '* ann waves', not {heard!r}.")
+        for text in "hello", "what is /me for?", "/method":
+            await ann.say(text)
+            heard = (await bob.next("message"))["text"]
+            need(heard == text, f"{text!r} is an ordinary message, not {heard!r}.")
+        once = [await ann.say("/me nods", nonce="same") for _ in range(2)]
+        need(once[0]["id"] == once[1]["id"], "Sent again, a /me is stored twice.")
+
+
+@check
+async def check_typing(attempt) -> None:
+    settings = {"MESSAGE_BURST": 3, "MESSAGES_PER_SECOND": 1}
+    async with trying(WebSocket=attempt, **settings) as server:
+        ann, bob = await server.join("ann"), await server.join("bob")
+        await ann.send(type="typing")
+        event = await bob.next("typing", "error")
+        need(event.get("user") == "ann", f"Bob cannot see who is typing: {event}.")
+        need(set(event) == {"type", "user"}, "The event needs its type and user only.")
+        await quiet()
+        need(not [e for e in ann.heard if e["type"] == "error"], "Ann got an error.")
+        need(server.room.last == 0, "A notice is no message: nothing is to be stored.")
+        need(
+            (await ann.say("hi"))["type"] == "message", "Messages have stopped working."
+        )
+        for _ in range(5):
+            await ann.send(type="typing")
+        await quiet()
+        codes = [event["code"] for event in ann.heard if event["type"] == "error"]
+        need("too_fast" in codes, "The rate limit is for notices as well.")
+
+
+@check
+async def check_private(attempt) -> None:
+    async with trying(Room=attempt) as server:
+        ann, bob = await server.join("ann"), await server.join("bob")
+        eve = await server.join("eve")
+        receipt = await ann.say("/msg bob meet me at noon", nonce="secret")
+        need(receipt["type"] == "message", "Ann got an error.")
+        need(receipt["id"] <= server.room.last, "The receipt's id is a new one.")
+        event = await bob.next("private")
+        need(event.get("user") == "ann", "Bob cannot see who wrote to him.")
+        need(event.get("text") == "meet me at noon", "Bob did not get the text alone.")
+        await quiet()
+        need("noon" not in str(eve.heard), "Eve has heard it as well.")
+        stored = await server.db.messages.find().to_list(length=None)
+        need(not stored, "It is stored, so /?before=… shows it to everybody.")
+        wrong = await ann.say("/msg zoe are you there?")
+        need(wrong["type"] == "error", "Zoe is not here: Ann should get an error.")
+        need((await ann.say("hello"))["id"] == 1, "Ordinary messages do not work.")
+        heard = (await eve.next("message"))["text"]
+        need(heard == "hello", "Ordinary messages do not reach everybody.")
+
+
+@check
+async def check_rooms(chat_list, web_socket, run_rooms) -> None:
+    def change(app):
+        app.cleanup_ctx.append(run_rooms)
+
+    views = {"ChatList": chat_list, "WebSocket": web_socket}
+    async with trying(change=change, **views) as server:
+        ann = await server.join("ann")
+        bob = await server.join("bob", "/ws?room=kitchen")
+        eve = await server.join("eve", "/ws?room=kitchen")
+        need((await ann.say("lobby talk"))["id"] == 1, "The lobby counts from 1.")
+        need((await bob.say("tea?"))["id"] == 1, "Each room counts from 1.")
+        need((await eve.next("message"))["text"] == "tea?", "Eve does not hear Bob.")
+        await quiet()
+        need(ann.texts() == ["lobby talk"], "Ann, in the lobby, hears the kitchen.")
+        need(eve.texts() == ["tea?"], "Eve, in the kitchen, hears the lobby.")
+        need("tea?" in await ann.get("/?room=kitchen"), "The kitchen's page lacks it.")
+        need("tea?" not in await ann.get("/"), "The lobby's page shows the kitchen.")
+        async with ann.session.get("/?room=attic") as response:
+            need(response.status == 404, "There is no attic: that is a 404.")
+
+
+@check
+async def check_clock(attempt) -> None:
+    before = asyncio.all_tasks()
+    async with trying(change=lambda app: app.cleanup_ctx.append(attempt)) as server:
+        ann = await server.join("ann", "/ws?after=0")
+        heard = await ann.next("message")
+        need(heard["user"] == "clock", "It should speak as the user `clock`.")
+        again = await ann.next("message")
+        need(again["id"] == heard["id"] + 1, "It should speak every second.")
+        need(again["nonce"] != heard["nonce"], "Each message needs a nonce of its own.")
+        stored = await server.db.messages.count_documents({"user": "clock"})
+        need(stored >= 2, "What it says should be stored, like all messages.")
+    await asyncio.sleep(0)
+    left = [task for task in asyncio.all_tasks() - before if not task.done()]
+    need(not left, "The chat has stopped, and the task still runs.")
+
+
+@check
+async def check_pymongo(database, run_database) -> None:
+    async with mongodb() as uri:
+        need(uri, NO_MONGODB)
+        place = {"MONGO_HOST": uri, "MONGO_DB_NAME": f"exercise-{ObjectId()}"}
+        with patch.object(chat, "AsyncIOMotorClient", None):
+            async with trying(run_database=run_database, **place) as server:
+                need(
+                    isinstance(server.db, database),
+                    "The chat runs on another Database.",
+                )
+                client = server.db.db.client
+                need(
+                    isinstance(client, pymongo.AsyncMongoClient), "It is not PyMongo's."
+                )
+                options = server.db.db.messages
+                majority = options.write_concern.document.get("w") == "majority"
+                need(majority, "Without CLIENT_OPTIONS, a failover could take back.")
+                ann, bob = await server.join("ann"), await server.join("bob")
+                need((await ann.say("hello"))["id"] == 1, "Nothing was stored.")
+                need(
+                    (await bob.next("message"))["text"] == "hello", "Bob hears nothing."
+                )
+                names = set(await server.db.messages.index_information())
+                need("user_id_1_nonce_1" in names, "The indexes are missing.")
+                await client.drop_database(place["MONGO_DB_NAME"])
+        with contextlib.suppress(pymongo.errors.InvalidOperation):
+            await client.admin.command("ping")
+            raise Lacking("The chat has stopped, and the client is still open.")
+
+
+@check
+async def check_health(attempt) -> None:
+    def change(app):
+        app.router.add_get("/health", attempt, name="health")
+
+    public = patch.object(chat, "PUBLIC", chat.PUBLIC | {"health"})
+    with public:
+        async with trying(change=change) as server:
+            visitor = await server.visitor()
+            async with visitor.session.get("/health", allow_redirects=False) as answer:
+                need(answer.status == 200, f"All is well, and it says {answer.status}.")
+
+            class Away:
+                def __getattr__(self, name):
+                    raise pymongo.errors.AutoReconnect("the database is away")
+
+            with patch.multiple(server.db, db=Away(), users=Away(), messages=Away()):
+                async with visitor.session.get("/health") as answer:
+                    need(answer.status == 503, "The database is away: that is a 503.")
+            server.log.clear()
