@@ -19,7 +19,6 @@ import re
 import shutil
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from bson import ObjectId
 from cryptography.fernet import Fernet
 
 import chat
+from tutorial import find_mongod
 
 HERE = Path(__file__).parent
 PASSWORD = "correct horse"
@@ -60,18 +60,6 @@ def need(thing, reason):
 
 
 # --- Real parts: MongoDB ---
-def find_mongod():
-    if path := shutil.which("mongod"):
-        return path
-    spec = importlib.util.find_spec("fiftyone")
-    for folder in spec.submodule_search_locations if spec else ():
-        path = Path(folder, "db", "bin", "mongod")
-        if path.exists():
-            path.chmod(path.stat().st_mode | stat.S_IXUSR)
-            return str(path)
-    return None
-
-
 class Mongod:
     """A real MongoDB server that can be frozen, killed and started again."""
 
@@ -2288,14 +2276,6 @@ def test_what_the_notebook_says_of_2016_names_what_cures_it():
     assert set(names) <= {name for name, _ in definitions()}
 
 
-def outputs(notebook):
-    """Yield the id of each code cell, and the text that it has shown."""
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            parts = [part.get("text", "") for part in cell.outputs]
-            yield cell.id, "".join(parts), cell.source
-
-
 LISTENING = """
 import asyncio, psutil
 process = psutil.Process()
@@ -2348,13 +2328,92 @@ async def test_notebook_runs_as_shipped_and_leaves_nothing_running(
     )
     assert after == before and processes == []
     assert not [name for name in tasks if "Room" in name or "Person" in name]
-    said = "\n".join(text for _, text, _ in outputs(notebook))
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    said = "".join(output.get("text", "") for output in shown)
     assert ("There is no MongoDB here" in said) == bool(first_cells)
-    assert ("(2, 'in the middle'), (3, 'after')]" in said) == (not first_cells)
+    assert ("Bob has heard 2 in the middle" in said) == (not first_cells)
     assert said.count("○ Not attempted yet.") == len(EXERCISES)
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            assert output.get("name") != "stderr", output
+    for phrase in BROKEN_AND_REPAIRED:
+        assert phrase in said
+    assert re.search(r"Answers: \[(303, 422|422, 303)\]", said)
+    assert not [output for output in shown if output.get("name") == "stderr"]
+
+
+# What the notebook shows when a safeguard is off, and when it is on again.
+BROKEN_AND_REPAIRED = [
+    *("Ann was cut off", "ZeroDivisionError", "It did not start: MESSAGES_PER_SECOND"),
+    *("the other site reads The safe opens with 4711.", "The WebSocket: 403"),
+    "Answers: [303, 303]",
+    *("<h1 style=", "&lt;h1 style="),
+    *("[(1, 'Pay 100 to Bob.'), (2, 'Pay 100 to Bob.')]", "[(1, 'Pay 100 to Bob.')]"),
+    *("Connections: 3\nOnline: ['ann', 'bob', 'eve']", "Connections: 0\nOnline: []"),
+    *("Ann was told 1006", "Ann was told 1001"),
+    *("Ann has heard ['Hello?']", "Ann has heard ['Hello?', 'Anybody?']"),
+    *("SameSite=Lax\n", "SameSite=Lax; Secure\n"),
+]
+
+
+@pytest.fixture(params=["lab", "notebook"])
+async def jupyter(request, browser, tmp_path):
+    """A page of JupyterLab or Notebook 7 that has the notebook open."""
+    for name in "chat.py", "tutorial.py", "tutorial.ipynb", "templates", "static":
+        copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
+        copy(HERE / name, tmp_path / name)
+    port = unused_port()
+    server = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "jupyter", request.param, "--allow-root"),
+        *("--no-browser", f"--port={port}", "--IdentityProvider.token="),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        await until(lambda: can_connect(port), 60)
+        page = await (await browser.new_context()).new_page()
+        path = {"lab": "lab/tree", "notebook": "notebooks"}[request.param]
+        await page.goto(f"http://localhost:{port}/{path}/tutorial.ipynb")
+        ready = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
+        await page.wait_for_selector(ready, state="attached", timeout=60_000)
+        yield page
+    finally:
+        server.terminate()
+        await server.wait()
+
+
+def can_connect(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+
+
+async def run_in_browser(cell):
+    """Run a cell. Jupyter may still be busy with itself when it is asked first."""
+    playwright = optional("playwright.async_api")
+    for _ in range(10):
+        await cell.locator(".cm-content").click()
+        await cell.page.keyboard.press("Shift+Enter")
+        done = cell.locator(".jp-InputPrompt", has_text=re.compile(r"\d"))
+        with contextlib.suppress(playwright.TimeoutError):
+            await done.wait_for(timeout=5000)
+            break
+
+
+async def test_chat_appears_in_a_frame_of_the_notebook_and_two_can_talk(jupyter):
+    """Run the first cells in a real JupyterLab: sign up in the frame, and meet Ann."""
+    cells = jupyter.locator(".jp-CodeCell")
+    await run_in_browser(cells.nth(0))
+    await run_in_browser(cells.nth(1))
+    frame = jupyter.frame_locator("iframe[title='The chat']")
+    await frame.get_by_role("link", name="Create an account").click()
+    await frame.get_by_label("Name").fill("bob")
+    await frame.get_by_label("Password", exact=True).fill(PASSWORD)
+    await frame.get_by_label("Password again").fill(PASSWORD)
+    await frame.get_by_role("button", name="Create account").click()
+    await frame.get_by_text("online", exact=True).wait_for()
+    await run_in_browser(cells.nth(2))
+    await frame.get_by_text("Hello! I am in the notebook.").wait_for()
+    await frame.get_by_label("Message", exact=True).fill("And I am in the frame.")
+    await frame.get_by_role("button", name="Send").click()
+    await frame.locator("#messages li.own:not(.pending)").wait_for()
 
 
 def test_slides_build_with_one_for_each_chapter():
@@ -2394,8 +2453,8 @@ WRONG_ATTEMPTS = [
     ("greeting", "> 100", "> 99", "hundred characters are allowed"),
     ("greeting", "> 100", "> 101", "101 characters should be refused"),
     ("greeting", ' = ""', ' = "Hi"', "sets nothing"),
-    ("timing", "except web.HTTPException", "except OSError", "a redirect"),
-    ("timing", "        raise\n", "        return error\n", "deprecated"),
+    ("timing", "response = error", "response = web.Response()", "a redirect"),
+    ("timing", "        raise\n", "        return response\n", "deprecated"),
     ("search", "re.escape(text)", "text", "'1+1' and 'c.t'"),
     ("search", ', "$options": "i"', "", "any case"),
     ("search", "-1", "1", "newest should come first"),

@@ -70,7 +70,7 @@ class head:
             if inspect.isfunction(method) and name != "__init__"
         ]
         self.whole, self.length = whole, min(methods)
-        while not lines[self.length - 1].strip().strip("#- "):
+        while lines[self.length - 1].strip()[:1] in ("", "#", "@"):
             self.length -= 1
 
 
@@ -107,12 +107,25 @@ def own_address() -> str:
         return probe.getsockname()[0]
 
 
-def picture(server: "Server", html: str, height: int = 300) -> None:
-    """Show a page that the server has sent, as a picture: nothing in it can be run."""
-    html = html.replace("<head>", f'<head><base href="http://localhost:{server.port}">')
+def picture(html: str, height: int = 300) -> None:
+    """Show a page that a server has sent, as a picture: nothing in it can be run."""
+    style = (HERE / "static" / "chat.css").read_text()
+    html = re.sub("<link rel=.icon.*?>|<script.*?</script>| autofocus", "", html)
+    html = re.sub("<link rel=.stylesheet.*?>", f"<style>{style}</style>", html)
     frame = f'<iframe sandbox srcdoc="{escape(html)}" title="A page" width="100%" '
     frame += f'height="{height}" style="border:1px solid #8888"></iframe>'
     display(HTML(f"<div>{frame}</div>"))
+
+
+def difference(title: str, before: str, after: str) -> None:
+    """Show what is another way in a text, with two lines around it."""
+    texts = before.splitlines(), after.splitlines()
+    colours = {"-": "#ff525233", "+": "#00c85333", "@": "#8882"}
+    lines = [
+        f'<span style="background:{colours.get(line[0], "none")}">{escape(line)}</span>'
+        for line in list(difflib.unified_diff(*texts, n=2, lineterm=""))[2:]
+    ]
+    display(HTML(f"<p><em>{title}</em></p><pre>{chr(10).join(lines)}</pre>"))
 
 
 # --- Break a copy ---
@@ -133,9 +146,7 @@ def edit(old: str, new: str, file: str = "chat.py", of=chat):
         raise ValueError(f"{file} has {old!r} {before.count(old)} times, not once")
     after = before.replace(old, new)
     (folder / file).write_text(after)
-    lines = before.splitlines(), after.splitlines()
-    changes = list(difflib.unified_diff(*lines, n=2, lineterm=""))[3:]
-    display(Markdown("\n".join([f"*{file}, a copy*", "````diff", *changes, "````"])))
+    difference(f"A copy of {file}", before, after)
     spec = importlib.util.spec_from_file_location(folder.name, folder / "chat.py")
     sys.modules[folder.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -175,11 +186,11 @@ class Server:
 
 
 class Lines(logging.Handler):
-    """Keep what is logged, a line each."""
+    """Keep what is logged, a line each, and print it if it should be seen at once."""
 
-    def __init__(self, lines: list) -> None:
+    def __init__(self, lines: list, seen: bool) -> None:
         super().__init__(logging.WARNING)
-        self.lines = lines
+        self.lines, self.seen = lines, seen
 
     def emit(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
@@ -187,12 +198,14 @@ class Lines(logging.Handler):
             error = record.exc_info[1]
             line += f": {type(error).__name__}: {error}"
         self.lines.append(line)
+        if self.seen:
+            print(line)
 
 
 @contextlib.contextmanager
-def logged(lines: list):
-    handler = Lines(lines)
-    loggers = [logging.getLogger(name) for name in ("chat", "aiohttp.server")]
+def logged(lines: list, seen: bool):
+    handler, names = Lines(lines, seen), ("chat", "aiohttp.server", "aiohttp_session")
+    loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
         logger.addHandler(handler)
     try:
@@ -203,11 +216,14 @@ def logged(lines: list):
 
 
 @contextlib.asynccontextmanager
-async def serving(module=chat, host="127.0.0.1", port=0, change=None, **replaced):
+async def serving(
+    module=chat, host="127.0.0.1", port=0, change=None, log=False, **replaced
+):
     """Serve the chat, or a copy of it, for as long as a `with` block lasts.
 
     `replaced` are settings, and names of chat.py that get another value while the
-    application starts. `change` is called with the application before that.
+    application starts. `change` is called with the application before that. What is
+    logged is kept in `server.log`, a line each; with `log` it is printed too.
     """
     names = {field.name for field in fields(module.Settings)}
     settings = {name: replaced.pop(name) for name in names & replaced.keys()}
@@ -222,7 +238,7 @@ async def serving(module=chat, host="127.0.0.1", port=0, change=None, **replaced
             if change:
                 change(app)
             server = Server(module, app, host)
-            stack.enter_context(logged(server.log))
+            stack.enter_context(logged(server.log, log))
             runner = web.AppRunner(app, shutdown_timeout=1, access_log=None)
             stack.push_async_callback(runner.cleanup)
             with contextlib.redirect_stdout(io.StringIO()):
@@ -250,7 +266,7 @@ async def serve(*arguments, **changes) -> Server:
     await stop()
     stack = contextlib.AsyncExitStack()
     server = await stack.enter_async_context(
-        serving(*arguments, **{"port": port} | changes)
+        serving(*arguments, **{"port": port, "log": True} | changes)
     )
     live = server, stack
     return server
@@ -406,7 +422,7 @@ class Wire:
     def _repr_html_(self) -> str:
         rows = [
             f"<tr><td>{way}</td><td>{len(data)}</td>"
-            f"<td><code>{data[:24].hex(' ')}{' …' * (len(data) > 24)}</code></td>"
+            f"<td><code>{data[:12].hex(' ')}{' …' * (len(data) > 12)}</code></td>"
             f'<td style="text-align:left">{escape(meaning)}</td></tr>'
             for way, data, meaning in self.rows
         ]
