@@ -672,7 +672,8 @@ class SignIn(Form):
         try:
             return await users.create(name, email, form["password"])
         except DuplicateKeyError as error:
-            field = "email" if "email_key" in error.details["keyPattern"] else "login"
+            index = error.details.get("keyPattern") or str(error)
+            field = "email" if "email_key" in index else "login"
             raise Invalid({field: "Somebody has this already."}) from None
 
 

@@ -122,6 +122,11 @@ class ReplicaSet:
             member.kill()
 
 
+def can_connect(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+
+
 def wait_for(claim, seconds=20):
     """Wait until a claim holds and return what it gave."""
     deadline = time.monotonic() + seconds
@@ -1520,6 +1525,46 @@ def test_standalone_mongodb_is_said_in_one_line(start, standalone):
     assert (code, errors) == (0, "") and "run one process only" in output
 
 
+@pytest.fixture
+def sqlite_server(tmp_path):
+    """The URI of the server that the README names for those without a MongoDB."""
+    command = shutil.which("nx-27017", path=Path(sys.executable).parent)
+    need(command, "no nx-27017: pip install -r .ci/requirements.txt")
+    port = unused_port()
+    process = subprocess.Popen(
+        [command, "--db", tmp_path / "chat.db", "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: can_connect(port))
+        yield f"mongodb://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_reload_on_save_throws_nobody_out_on_the_readmes_server(
+    serve, sqlite_server
+):
+    """Accounts, messages and sessions outlive the chat; only changes do not come."""
+    settings = on(sqlite_server)
+    server = await serve(settings)
+    ann = await sign_in(server)
+    receipt = await say(await connect(ann), "hello", nonce="n-1")
+    response = await ann.post("/signin", data=form("ANN"))
+    assert (response.status, "has this already" in await response.text()) == (422, True)
+    await server.close()
+    again = await (await serve(settings)).visitor()
+    again.session.cookie_jar.update_cookies(
+        {cookie.key: cookie.value for cookie in ann.session.cookie_jar},
+        again.make_url("/"),
+    )
+    ws = await connect(again, after=0)
+    assert [event["text"] for event in ws.replayed] == ["hello"]
+    assert (await say(ws, "hello", nonce="n-1"))["id"] == receipt["id"]
+
+
 async def test_every_socket_is_closed_with_1001_and_then_the_database(serve, settings):
     server = await serve(settings)
     sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
@@ -2378,11 +2423,6 @@ async def jupyter(request, browser, tmp_path):
     finally:
         server.terminate()
         await server.wait()
-
-
-def can_connect(port):
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-        return True
 
 
 async def run_in_browser(cell):
