@@ -1532,7 +1532,8 @@ def sqlite_server(tmp_path):
     need(command, "no nx-27017: pip install -r .ci/requirements.txt")
     port = unused_port()
     process = subprocess.Popen(
-        [command, "--db", tmp_path / "chat.db", "--port", str(port)],
+        [command, "--db", tmp_path / "chat.db", "--pid-file", tmp_path / "pid"]
+        + ["--log-file", tmp_path / "log", "--port", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
