@@ -17,9 +17,9 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -46,7 +46,7 @@ def show(*things) -> None:
     """Show the source of functions, classes or files, as it is."""
     for thing in things:
         if isinstance(thing, Path):
-            title, source = thing.name, thing.read_text()
+            title, source = thing.name, thing.read_text("utf-8")
             language = {".html": "html", ".js": "javascript"}.get(thing.suffix, "bash")
         else:
             whole, language = getattr(thing, "whole", thing), "python"
@@ -109,7 +109,7 @@ def own_address() -> str:
 
 def picture(html: str, height: int = 300) -> None:
     """Show a page that a server has sent, as a picture: nothing in it can be run."""
-    style = (HERE / "static" / "chat.css").read_text()
+    style = (HERE / "static" / "chat.css").read_text("utf-8")
     html = re.sub("<link rel=.icon.*?>|<script.*?</script>| autofocus", "", html)
     html = re.sub("<link rel=.stylesheet.*?>", f"<style>{style}</style>", html)
     frame = f'<iframe sandbox srcdoc="{escape(html)}" title="A page" width="100%" '
@@ -141,11 +141,11 @@ def edit(old: str, new: str, file: str = "chat.py", of=chat):
     for name in "chat.py", "templates", "static":
         copy = shutil.copytree if (of.HERE / name).is_dir() else shutil.copy
         copy(of.HERE / name, folder / name)
-    before = (folder / file).read_text()
+    before = (folder / file).read_text("utf-8")
     if before.count(old) != 1:
         raise ValueError(f"{file} has {old!r} {before.count(old)} times, not once")
     after = before.replace(old, new)
-    (folder / file).write_text(after)
+    (folder / file).write_text(after, "utf-8")
     difference(f"A copy of {file}", before, after)
     spec = importlib.util.spec_from_file_location(folder.name, folder / "chat.py")
     sys.modules[folder.name] = module = importlib.util.module_from_spec(spec)
@@ -285,7 +285,7 @@ async def stop() -> None:
 class Person:
     """Somebody who uses the chat from here, by the same doors as a browser."""
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str = "") -> None:
         self.name, self.heard, self.receipts = name, [], {}
         self.events, self.reader = asyncio.Queue(), None
         self.session = aiohttp.ClientSession(
@@ -365,6 +365,13 @@ class Person:
         await self.disconnect()
         await self.session.close()
 
+    async def __aenter__(self) -> "Person":
+        await self.sign_in()
+        return await self.connect()
+
+    async def __aexit__(self, *error) -> None:
+        await self.close()
+
 
 async def quiet(seconds: float = 0.3) -> None:
     """Give everybody time to hear what is on its way."""
@@ -432,41 +439,56 @@ class Wire:
 
 # --- Processes ---
 class Process:
-    """`python chat.py`, as somebody would type it, with settings of one's own."""
+    """`python chat.py`, as somebody would type it, with settings of one's own.
+
+    Ends with its `with` block. (Threads wait for it, because on Windows the notebook's
+    event loop cannot.)
+    """
 
     def __init__(self, **settings) -> None:
         names = {field.name for field in fields(chat.Settings)}
         others = {name: text for name, text in os.environ.items() if name not in names}
-        self.settings = {"PORT": "0"} | {k: str(v) for k, v in settings.items()}
-        self.environment, self.output, self.port = others | self.settings, "", 0
+        self.environment = others | {"PORT": "0"} | settings
+        self.output, self.port = "", 0
 
-    async def start(self) -> "Process":
-        """Start it, and read what it says until it is ready, or has ended."""
-        self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-u", chat.__file__),
-            env=self.environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        while line := await self.process.stdout.readline():
-            self.output += line.decode()
-            if found := re.search(r"http://\S+:(\d+)", self.output):
-                self.port = int(found[1])
-            if "CTRL+C" in self.output:
-                break
+    async def __aenter__(self) -> "Process":
+        await asyncio.to_thread(self.start)
         return self
+
+    def start(self) -> None:
+        """Start it, and read what it says until it listens, or has ended."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", chat.__file__],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+        while "CTRL+C" not in self.output and (line := self.process.stdout.readline()):
+            self.output += line
+        if found := re.search(r"http://\S+:(\d+)", self.output):
+            self.port = int(found[1])
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Stop it, if it still runs; return its exit code and all that it said."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
-        self.output += (await self.process.communicate())[0].decode()
-        return self.process.returncode, self.output
+    async def end(self) -> tuple[int, str]:
+        """Stop it as a host would; return its exit code and all that it has said."""
+        self.process.terminate()
+        self.output += await asyncio.to_thread(self.process.stdout.read)
+        return await asyncio.to_thread(self.process.wait), self.output
+
+    async def kill(self) -> None:
+        """End it without a warning, as a power cut would."""
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+
+    async def __aexit__(self, *error) -> None:
+        await self.kill()
+        self.process.stdout.close()
 
 
 def find_mongod() -> str | None:
@@ -498,26 +520,23 @@ async def mongodb():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        where = ["--bind_ip", "127.0.0.1", "--port", str(port), "--dbpath", folder]
-        server = await asyncio.create_subprocess_exec(
-            *(find_mongod(), "--replSet", "rs0", "--quiet", *where),
-            stdout=asyncio.subprocess.DEVNULL,
+        options = ["--replSet", "rs0", "--bind_ip", "127.0.0.1", "--quiet"]
+        command = [find_mongod(), *options, "--port", str(port), "--dbpath", folder]
+        server = await asyncio.to_thread(
+            subprocess.Popen, command, stdout=subprocess.DEVNULL
         )
-        members = [{"_id": 0, "host": f"127.0.0.1:{port}"}]
+        members, hello = [{"_id": 0, "host": f"127.0.0.1:{port}"}], {}
+        config = {"_id": "rs0", "members": members}
         try:
-            async with pymongo.AsyncMongoClient(
-                "127.0.0.1", port, directConnection=True
-            ) as client:
-                await client.admin.command(
-                    "replSetInitiate", {"_id": "rs0", "members": members}
-                )
-                hello = {}
+            client = pymongo.AsyncMongoClient("127.0.0.1", port, directConnection=True)
+            async with client:
+                await client.admin.command("replSetInitiate", config)
                 while not hello.get("isWritablePrimary"):
                     hello = await client.admin.command("hello")
             yield f"mongodb://127.0.0.1:{port}/?replicaSet=rs0"
         finally:
             server.kill()
-            await server.wait()
+            await asyncio.to_thread(server.wait)
 
 
 # --- Blocking and awaiting ---
