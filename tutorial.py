@@ -184,35 +184,35 @@ class Server:
         await person.sign_in()
         return await person.connect(path)
 
+    async def send_home(self) -> None:
+        for person in self.people:
+            await person.close()
+
 
 class Lines(logging.Handler):
     """Keep what is logged, a line each, and print it if it should be seen at once."""
 
+    loggers = [
+        logging.getLogger(n) for n in ("chat", "aiohttp.server", "aiohttp_session")
+    ]
+
     def __init__(self, lines: list, seen: bool) -> None:
         super().__init__(logging.WARNING)
         self.lines, self.seen = lines, seen
+        for logger in self.loggers:
+            logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
-        if record.exc_info and record.exc_info[1]:
-            error = record.exc_info[1]
-            line += f": {type(error).__name__}: {error}"
-        self.lines.append(line)
+        error = record.exc_info and record.exc_info[1]
+        cause = f": {type(error).__name__}: {error}" if error else ""
+        self.lines.append(record.getMessage() + cause)
         if self.seen:
-            print(line)
+            print(self.lines[-1])
 
-
-@contextlib.contextmanager
-def logged(lines: list, seen: bool):
-    handler, names = Lines(lines, seen), ("chat", "aiohttp.server", "aiohttp_session")
-    loggers = [logging.getLogger(name) for name in names]
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.removeHandler(self)
+        super().close()
 
 
 @contextlib.asynccontextmanager
@@ -238,19 +238,15 @@ async def serving(
             if change:
                 change(app)
             server = Server(module, app, host)
-            stack.enter_context(logged(server.log, log))
+            stack.callback(Lines(server.log, log).close)
             runner = web.AppRunner(app, shutdown_timeout=1, access_log=None)
             stack.push_async_callback(runner.cleanup)
             with contextlib.redirect_stdout(io.StringIO()):
                 await runner.setup()
-        site = web.TCPSite(runner, host, port)
-        await site.start()
+        await web.TCPSite(runner, host, port).start()
         server.port = runner.addresses[0][1]
-        try:
-            yield server
-        finally:
-            for person in server.people:
-                await person.close()
+        stack.push_async_callback(server.send_home)
+        yield server
 
 
 live = None  # the server that cells share, and how to stop it
