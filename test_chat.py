@@ -21,6 +21,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.parse import urlencode
@@ -455,6 +456,13 @@ async def test_own_origin_may_write_also_behind_a_proxy(server):
         assert (response.status, response.url.path) == (200, "/")
 
 
+async def test_request_knows_the_id_and_the_name_of_its_user_and_no_more(server):
+    """Above all not the hash of the password, which would stay with a connection."""
+    await connect(await sign_in(server, email="ann@example.org"))
+    (connection,) = server.app[chat.ROOM].connections.values()
+    assert connection.user.keys() == {"_id", "name"}
+
+
 async def test_every_page_carries_the_security_headers(server):
     visitor = await server.visitor()
     for path in "/login", "/nothing", "/static/chat.js":
@@ -704,6 +712,25 @@ async def test_unknown_name_costs_a_hash_as_well(server, monkeypatch):
     visitor = await server.visitor()
     await visitor.post("/login", data=form("nobody"))
     assert hashed == [PASSWORD]
+
+
+async def test_crowd_that_signs_in_is_hashed_in_turn_and_beside_the_room(
+    server, monkeypatch
+):
+    threads, at_once = set(), []
+    hash_password = chat.hash_password
+
+    def note(password):
+        threads.add(threading.current_thread())
+        at_once.append(None)
+        assert len(at_once) == 1
+        password_hash = hash_password(password)
+        at_once.pop()
+        return password_hash
+
+    monkeypatch.setattr(chat, "hash_password", note)
+    await asyncio.gather(*(sign_in(server, f"ann{number}") for number in range(8)))
+    assert len(threads) == 1 and threading.main_thread() not in threads
 
 
 async def test_too_many_attempts_have_to_wait(serve):
