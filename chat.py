@@ -1044,6 +1044,8 @@ SECURITY_HEADERS = {
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    if response.status == 101:
+        return  # a WebSocket is no page, and would keep them: 1 KiB a connection
     response.headers.update(SECURITY_HEADERS)
     static = request.match_info.route.name == "static"
     response.headers["Cache-Control"] = "no-cache" if static else "no-store"

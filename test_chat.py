@@ -472,6 +472,13 @@ async def test_every_page_carries_the_security_headers(server):
         assert headers["X-Content-Type-Options"] == "nosniff"
 
 
+async def test_websocket_is_no_page_and_keeps_no_headers_of_one(server):
+    ann = await sign_in(server)
+    headers = (await ann.ws_connect("/ws"))._response.headers
+    assert "Content-Security-Policy" not in headers
+    assert "Content-Security-Policy" in (await ann.get("/ws")).headers  # a 400
+
+
 async def test_database_that_does_not_answer_is_a_503_and_comes_back(serve, standalone):
     server = await serve(on(standalone.uri))
     ann = await sign_in(server)
