@@ -562,9 +562,10 @@ async def test_memory_holds_the_newest_messages_only(serve):
     user = {"_id": ObjectId(), "name": "ann"}
     for number in range(3 * chat.KEPT):
         await room.say(user, f"{number}", f"{number}")
+        if number % 100 == 99:
+            assert await db.messages.estimated_document_count() < 2 * chat.KEPT
     await until(lambda: room.last == 3 * chat.KEPT)
     assert len(room.recent) == len(room.receipts) == chat.KEPT
-    assert await db.messages.count_documents({}) < chat.KEPT + 100
     page = await (await (await sign_in(server)).get("/")).text()
     assert shown_ids(page) == list(range(3 * chat.KEPT - 49, 3 * chat.KEPT + 1))
 
