@@ -1493,6 +1493,17 @@ def test_chat_starts_with_nothing_set_and_stops_without_a_word(start, number):
     assert re.search(r"http://127\.0\.0\.1:\d+", output)
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_uvloop_is_taken_where_it_is_installed(start, tmp_path, installed):
+    """A module of this name stands in for it, or for its absence."""
+    loop = "from asyncio import new_event_loop; print('uvloop')"
+    code = loop if installed else "raise ImportError('not installed')"
+    (tmp_path / "uvloop.py").write_text(code)
+    process = start(PYTHONPATH=str(tmp_path)).wait_until_ready()
+    code, output, errors = process.stop()
+    assert (code, errors, "uvloop" in output) == (0, "", installed)
+
+
 def test_debug_shows_every_request(start, tmp_path):
     process = start(DEBUG="true", PYTHONWARNINGS="default").wait_until_ready()
     import urllib.request
