@@ -22,6 +22,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.parse import urlencode
@@ -453,6 +454,13 @@ async def test_own_origin_may_write_also_behind_a_proxy(server):
         assert (response.status, response.url.path) == (200, "/")
 
 
+async def test_request_knows_the_id_and_the_name_of_its_user_and_no_more(server):
+    """Above all not the hash of the password, which would stay with a connection."""
+    await connect(await sign_in(server, email="ann@example.org"))
+    (connection,) = server.app[chat.ROOM].connections.values()
+    assert connection.user.keys() == {"_id", "name"}
+
+
 async def test_every_page_carries_the_security_headers(server):
     visitor = await server.visitor()
     for path in "/login", "/nothing", "/static/chat.js":
@@ -460,6 +468,13 @@ async def test_every_page_carries_the_security_headers(server):
         assert "default-src 'self'" in headers["Content-Security-Policy"]
         assert "unsafe" not in headers["Content-Security-Policy"]
         assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+async def test_websocket_is_no_page_and_keeps_no_headers_of_one(server):
+    ann = await sign_in(server)
+    headers = (await ann.ws_connect("/ws"))._response.headers
+    assert "Content-Security-Policy" not in headers
+    assert "Content-Security-Policy" in (await ann.get("/ws")).headers  # a 400
 
 
 async def test_database_that_does_not_answer_is_a_503_and_comes_back(serve, standalone):
@@ -545,9 +560,10 @@ async def test_memory_holds_the_newest_messages_only(serve):
     user = {"_id": ObjectId(), "name": "ann"}
     for number in range(3 * chat.KEPT):
         await room.say(user, f"{number}", f"{number}")
+        if number % 100 == 99:
+            assert await db.messages.estimated_document_count() < 2 * chat.KEPT
     await until(lambda: room.last == 3 * chat.KEPT)
     assert len(room.recent) == len(room.receipts) == chat.KEPT
-    assert await db.messages.count_documents({}) < chat.KEPT + 100
     page = await (await (await sign_in(server)).get("/")).text()
     assert shown_ids(page) == list(range(3 * chat.KEPT - 49, 3 * chat.KEPT + 1))
 
@@ -702,6 +718,25 @@ async def test_unknown_name_costs_a_hash_as_well(server, monkeypatch):
     visitor = await server.visitor()
     await visitor.post("/login", data=form("nobody"))
     assert hashed == [PASSWORD]
+
+
+async def test_crowd_that_signs_in_is_hashed_in_turn_and_beside_the_room(
+    server, monkeypatch
+):
+    threads, at_once = set(), []
+    hash_password = chat.hash_password
+
+    def note(password):
+        threads.add(threading.current_thread())
+        at_once.append(None)
+        assert len(at_once) == 1
+        password_hash = hash_password(password)
+        at_once.pop()
+        return password_hash
+
+    monkeypatch.setattr(chat, "hash_password", note)
+    await asyncio.gather(*(sign_in(server, f"ann{number}") for number in range(8)))
+    assert len(threads) == 1 and threading.main_thread() not in threads
 
 
 async def test_too_many_attempts_have_to_wait(serve):
@@ -1454,6 +1489,17 @@ def test_chat_starts_with_nothing_set_and_stops_without_a_word(start, number):
     assert (code, errors) == (0, "")
     assert "live in memory only" in output and "CTRL+C" in output
     assert re.search(r"http://127\.0\.0\.1:\d+", output)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_uvloop_is_taken_where_it_is_installed(start, tmp_path, installed):
+    """A module of this name stands in for it, or for its absence."""
+    loop = "from asyncio import new_event_loop; print('uvloop')"
+    code = loop if installed else "raise ImportError('not installed')"
+    (tmp_path / "uvloop.py").write_text(code)
+    process = start(PYTHONPATH=str(tmp_path)).wait_until_ready()
+    code, output, errors = process.stop()
+    assert (code, errors, "uvloop" in output) == (0, "", installed)
 
 
 def test_debug_shows_every_request(start, tmp_path):

@@ -67,20 +67,29 @@ def check_start(options):
 
 
 # --- Pages ---
-def time_page(server, cookie: str, count: int) -> float:
-    """Return the median time of the front page, one request after another."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    times = []
+def time_pages(visitors: list[tuple], count: int) -> list[float]:
+    """Return the median time of each server's front page, asked for in turns."""
+    connections = [
+        (http.client.HTTPConnection("127.0.0.1", server.port, timeout=30), cookie, [])
+        for server, cookie in visitors
+    ]
     for _ in range(count):
-        start = time.perf_counter()
-        connection.request("GET", "/", headers={"Cookie": cookie})
-        response = connection.getresponse()
-        body = response.read()
-        times.append(time.perf_counter() - start)
-        if response.status != 200 or body.count(b"data-id") != 50:
-            raise LoadError(f"the page is not as it should be ({response.status})")
-    connection.close()
-    return statistics.median(times)
+        for connection, cookie, times in connections:
+            times.append(time_page(connection, cookie))
+    for connection, *_ in connections:
+        connection.close()
+    return [statistics.median(times) for *_, times in connections]
+
+
+def time_page(connection, cookie: str) -> float:
+    start = time.perf_counter()
+    connection.request("GET", "/", headers={"Cookie": cookie})
+    response = connection.getresponse()
+    body = response.read()
+    took = time.perf_counter() - start
+    if response.status != 200 or body.count(b"data-id") != 50:
+        raise LoadError(f"the page is not as it should be ({response.status})")
+    return took
 
 
 def fill_mongodb(uri: str, name: str, count: int) -> None:
@@ -131,33 +140,48 @@ def check_pages(options):
         yield f"the page `/` with {many:,} messages, {where}", milliseconds(full)
         yield at_most(f"`/` with {many:,} messages to 100, {where}", full / few, 1.2)
 
-    with running(options) as (server, room, cookies):
-        times = []
-        for count in (100, many - 100):
+    with contextlib.ExitStack() as stack:
+        visitors = []
+        for count in (100, many):
+            server, room, cookies = stack.enter_context(running(options))
             say_many(room, count)
-            times.append(time_page(server, cookies[0], requests))
-    yield from compare("in memory", *times)
-    uri, times = options.mongodb(), []
-    for count in (100, many):
-        settings = {"MONGO_HOST": uri, "MONGO_DB_NAME": f"bench_{count}"}
-        fill_mongodb(uri, settings["MONGO_DB_NAME"], count)
-        with start_chat(options.chat, **settings) as server:
-            times.append(time_page(server, sign_up(server.port, "somebody"), requests))
-    yield from compare("MongoDB", *times)
+            visitors.append((server, cookies[0]))
+        yield from compare("in memory", *time_pages(visitors, requests))
+    uri = options.mongodb()
+    with contextlib.ExitStack() as stack:
+        visitors = []
+        for count in (100, many):
+            settings = {"MONGO_HOST": uri, "MONGO_DB_NAME": f"bench_{count}"}
+            fill_mongodb(uri, settings["MONGO_DB_NAME"], count)
+            server = stack.enter_context(start_chat(options.chat, **settings))
+            visitors.append((server, sign_up(server.port, "somebody")))
+        yield from compare("MongoDB", *time_pages(visitors, requests))
 
 
 # --- Storage ---
 def check_storage(options):
-    def measure(**settings):
-        with running(options, people=8, **settings) as (server, room, _):
+    def measure(followers=0, **settings):
+        with contextlib.ExitStack() as stack:
+            server, room, _ = stack.enter_context(running(options, 8, **settings))
+            servers = [server]
+            for _ in range(followers):
+                one = start_chat(options.chat, **settings)
+                servers.append(stack.enter_context(one))
             room.run(options.seconds / 4, talkers=8, in_flight=8)
-            run = all_there(room.run(options.seconds * 2, 8, 8, cpu=server.cpu))
-        rate, cpu = run["messages"] / run["seconds"], run["cpu"] / run["messages"]
-        return f"{rate:,.0f} a second, {cpu * 1e6:,.0f} µs of CPU each"
+            used = [one.cpu() for one in servers]
+            run = all_there(room.run(options.seconds * 2, talkers=8, in_flight=8))
+            used = [
+                one.cpu() - before for one, before in zip(servers, used, strict=True)
+            ]
+        each = [f"{cpu / run['messages'] * 1e6:,.0f} µs of CPU each" for cpu in used]
+        return f"{run['messages'] / run['seconds']:,.0f} a second", each
 
-    yield "messages stored, in memory, 8 × 8 in flight", measure()
+    rate, (each,) = measure()
+    yield "messages stored, in memory, 8 × 8 in flight", f"{rate}, {each}"
     settings = {"MONGO_HOST": options.mongodb(), "MONGO_DB_NAME": "bench_storage"}
-    yield "messages stored, MongoDB, 8 × 8 in flight", measure(**settings)
+    rate, (each, following) = measure(followers=1, **settings)
+    yield "messages stored, MongoDB, 8 × 8 in flight", f"{rate}, {each}"
+    yield "… in another process, which only follows", following
 
 
 # --- Crowds ---
@@ -196,32 +220,37 @@ def check_signins(options):
         with running(options, readers=readers, pinned=pinned) as (server, room, _):
             names = [f"person-{number}" for number in range(people)]
             sign_up_all(server.port, names)
-            quiet, busy, waves = talk_while(room, names, 3 * options.seconds)
+            quiet, busy, waves = talk_while(room, names, options)
         visits = [visit for wave in waves for visit in wave]
         if any(not visit.answer.startswith(b"HTTP/1.1 303") for visit in visits):
             raise LoadError("somebody could not sign in")
-        took = visits[-1].done - visits[0].start
+        took = sum(max(visit.done for visit in wave) - wave[0].start for wave in waves)
         yield f"sign-ins, {where}", f"{len(visits) / took:,.0f} a second"
         what = f"p99 of messages while {people} sign in, {where}"
-        before, during = milliseconds(quiet["p99"]), milliseconds(busy["p99"])
-        yield what, f"{during} (before: {before})"
-        yield at_most(f"{what}, to before", busy["p99"] / quiet["p99"], 3)
+        yield what, f"{milliseconds(busy)} (undisturbed: {milliseconds(quiet)})"
+        yield at_most(f"{what}, to undisturbed", busy / quiet, 3)
 
 
-def talk_while(room, names, seconds):
-    """Say 100 messages a second, first without those who sign in, then with them."""
-    waves = []
+def talk_while(room, names, options):
+    """Say 100 messages a second, without those who sign in and with them, in turns."""
+    quiet, busy, waves = [], [], []
 
     def sign_in(now):
         if not waves or all(visit.done for visit in waves[-1]):
             waves.append([Visit(room, login_request(name)) for name in names])
 
-    room.run(seconds / 6, 1, pace=0.01)
-    quiet = all_there(room.run(seconds, 1, pace=0.01))
-    busy = all_there(room.run(seconds, 1, pace=0.01, tick=sign_in))
-    while not all(visit.done for visit in waves[-1]):
-        room.pump(0.1)
-    return quiet, busy, waves
+    room.run(options.seconds / 2, 1, pace=0.01)
+    for _ in range(1 if options.quick else 5):
+        quiet.append(all_there(room.run(2 * options.seconds, 1, pace=0.01)))
+        run = room.run(2 * options.seconds, 1, pace=0.01, tick=sign_in)
+        busy.append(all_there(run))
+        while not all(visit.done for visit in waves[-1]):
+            room.pump(0.1)
+    return median_p99(quiet), median_p99(busy), waves
+
+
+def median_p99(runs: list[dict]) -> float:
+    return statistics.median(run["p99"] for run in runs)
 
 
 def check_join_storm(options):
@@ -278,32 +307,39 @@ def check_join_storm(options):
 
 
 def check_stalled_reader(options):
-    """Let one reader stop reading while eight others talk as fast as they can."""
-    readers = 200 if options.quick else 1_000
-    seconds = 2 * options.seconds
+    """Let one reader stop reading, and another, while eight others talk fast."""
+    readers = 50 if options.quick else 1_000
+    seconds = max(4 * options.seconds, 2)  # the kernel takes some megabytes first
+    quiet, busy, rates, cuts, sizes = [], [], [], [], []
     with running(options, people=8, readers=readers) as (server, room, cookies):
-        room.run(options.seconds / 4, 8, 8)
-        quiet = all_there(room.run(seconds, 8, 8))
-        stalled = room.open()
-        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        stalled.sendall(load.handshake(room.port, cookies[0]))
-        room.settle()
-        memory, busy = [server.memory()], []
-        for _ in range(2 if options.quick else 5):
+        room.run(options.seconds / 2, 8, 8)
+        memory = [server.memory()]
+        for _ in range(1 if options.quick else 5):
+            quiet.append(all_there(room.run(seconds, 8, 8)))
+            stalled = room.open()
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            stalled.sendall(load.handshake(room.port, cookies[0]))
+            room.settle()
             busy.append(all_there(room.run(seconds, 8, 8)))
             memory.append(server.memory())
-        received, cut = drain(stalled)
-    p99 = statistics.median(run["p99"] for run in busy)
-    rates = [run["deliveries"] / run["seconds"] for run in (quiet, *busy)]
-    growth = (max(memory) - memory[0]) / (1 << 20)
-    before = milliseconds(quiet["p99"])
+            rates.append(busy[-1]["deliveries"] / quiet[-1]["deliveries"])
+            received, cut = drain(stalled)
+            sizes.append(received / (1 << 20))
+            cuts.append(cut)
+            stalled.close()
+            room.settle()
+    before, beside = median_p99(quiet), median_p99(busy)
     what = f"one of {readers:,} readers stops reading: p99 of the others"
-    yield what, f"{milliseconds(p99)} (before: {before})"
-    yield "… their deliveries", f"{statistics.median(rates[1:]) / rates[0]:.0%}"
-    yield "… memory", f"{growth:+.1f} MiB at most"
-    state = "was cut off" if cut else "is still connected"
-    yield "… the reader", f"{state}, {received / (1 << 20):.1f} MiB were on their way"
-    yield at_most("p99 beside a stalled reader, to before", p99 / quiet["p99"], 1.5)
+    yield what, f"{milliseconds(beside)} (undisturbed: {milliseconds(before)})"
+    yield "… their deliveries, to undisturbed", f"{statistics.median(rates):.0%}"
+    growth = (max(memory) - memory[0]) / (1 << 20)
+    yield (
+        "… memory, with five of them" if len(cuts) > 1 else "… memory",
+        (f"{growth:+.1f} MiB at most"),
+    )
+    size = f"{max(sizes):.1f} MiB were on their way"
+    yield "… the reader", f"cut off in {sum(cuts)} of {len(cuts)} cases, {size}"
+    yield at_most("p99 beside a stalled reader, to undisturbed", beside / before, 1.5)
 
 
 def drain(connection: socket.socket) -> tuple[int, bool]:

@@ -278,12 +278,12 @@ def read_options():
     options.names = choose(parser, names, options.only)
     options.readers = [
         int(count)
-        for count in (options.readers or ("200" if options.quick else "100,1000,4000"))
+        for count in (options.readers or ("100" if options.quick else "100,1000,4000"))
         .replace("_", "")
         .split(",")
     ]
     options.rounds = options.rounds or (1 if options.quick else 3)
-    options.seconds = options.seconds or (0.3 if options.quick else 2)
+    options.seconds = options.seconds or (0.2 if options.quick else 2)
     if not (options.plot or options.quick or options.only):
         options.plot = ROOT / "docs" / "fanout.png"
     return options

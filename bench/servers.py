@@ -102,12 +102,12 @@ class Server:
 
 
 # --- The chat, with accounts and sessions as people get them ---
-def start_chat(path=CHAT, uvloop=False, pinned=True, **settings) -> Server:
+def start_chat(path=CHAT, uvloop=True, pinned=True, **settings) -> Server:
     port = free_port()
     command = [sys.executable, path]
-    if uvloop:
-        need("uvloop")
-        command[1:1] = [HERE / "peers" / "chat_on_uvloop.py"]
+    if not uvloop:
+        need("uvloop")  # else it is the same again
+        command[1:1] = [HERE / "peers" / "chat_on_asyncio.py"]
     return Server(command, port, pinned, **SETTINGS | {"PORT": str(port)} | settings)
 
 
@@ -181,7 +181,7 @@ def start_bun() -> Server:
     return Server([bun, HERE / "peers" / "bun_publish.js", port], port)
 
 
-CHAT_NAMES = {"chat": False, "chat on uvloop": True}  # name: whether on uvloop
+CHAT_NAMES = {"chat": True, "chat without uvloop": False}  # name: whether with it
 PEERS = {
     "aiohttp demo chat": python_peer("aiohttp_demo.py", needs=("aiohttp",)),
     "FastAPI ConnectionManager": python_peer(
