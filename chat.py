@@ -760,6 +760,7 @@ class Connection:
     transport: asyncio.Transport
     user: dict
     id: ObjectId = field(default_factory=ObjectId)
+    skip: int = 0  # bytes of the next flush that it has already got, replayed
 
 
 class Room:
@@ -864,7 +865,9 @@ class Room:
             if transport.get_write_buffer_size() > limit:
                 transport.abort()
             elif not (connection.ws.closed or transport.is_closing()):
-                transport.write(batch)  # else it would follow a close frame
+                # (Nothing may follow a close frame.)
+                transport.write(batch[connection.skip :])
+            connection.skip = 0
 
     # --- What a connection does ---
     async def replay(self, ws: web.WebSocketResponse, after: int | None) -> None:
@@ -879,7 +882,7 @@ class Room:
 
         No await until it is in: else what is broadcast meanwhile would be missing.
         """
-        self.flush()  # what waits here has just been replayed
+        connection.skip = sum(map(len, self.frames))  # this has just been replayed
         self.connections[connection.id] = connection
         name = connection.user["name"]
         online = sorted({name, *self.online.values()})
