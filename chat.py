@@ -731,7 +731,7 @@ class SignOut(web.View):
 HEARTBEAT = 30  # seconds between pings; proxies cut what is idle for 60
 ABSENCE = 2  # seconds until a connection that closed counts as gone: not a reload
 RENEWAL = 15  # seconds between two renewals of presence
-TURNS = 6  # of the event loop, from the first frame of a batch to its flush
+TURNS = 6  # of the event loop from a batch's first frame to its flush; 1 costs double
 
 ERRORS = {
     "bad_event": "The server did not understand this.",
@@ -769,6 +769,7 @@ class Connection:
     transport: asyncio.Transport
     user: dict
     id: ObjectId = field(default_factory=ObjectId)
+    skip: int = 0  # bytes of the next flush that it has already got, replayed
 
 
 class Room:
@@ -853,7 +854,7 @@ class Room:
         A system call costs about 5 microseconds, the rest of a delivery less than one.
         So a frame is encoded once for all, waits some turns of the event loop for those
         that are about to come, and they leave together: one write a connection.
-        Measured: 8 µs a delivery alone, 0.5 under load; a turn costs some microseconds.
+        Measured: 8 µs a delivery alone, 0.25 under load; a turn takes microseconds.
         """
         self.frames.append(encode_frame(event))
         if len(self.frames) == 1:
@@ -873,7 +874,9 @@ class Room:
             if transport.get_write_buffer_size() > limit:
                 transport.abort()
             elif not (connection.ws.closed or transport.is_closing()):
-                transport.write(batch)  # else it would follow a close frame
+                # (Nothing may follow a close frame.)
+                transport.write(batch[connection.skip :])
+            connection.skip = 0
 
     # --- What a connection does ---
     async def replay(self, ws: web.WebSocketResponse, after: int | None) -> None:
@@ -888,7 +891,7 @@ class Room:
 
         No await until it is in: else what is broadcast meanwhile would be missing.
         """
-        self.flush()  # what waits here has just been replayed
+        connection.skip = sum(map(len, self.frames))  # this has just been replayed
         self.connections[connection.id] = connection
         name = connection.user["name"]
         online = sorted({name, *self.online.values()})

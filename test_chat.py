@@ -1321,6 +1321,47 @@ async def test_frames_that_fall_due_together_leave_in_one_write(serve, monkeypat
     assert len(writes) < 8
 
 
+async def test_crowd_that_joins_hurries_no_flush_and_hears_nothing_twice(serve):
+    """What waits for the next flush has been replayed to those who join meanwhile."""
+    server = await serve(chat.Settings())
+    ws = await connect(await sign_in(server))
+    await read(ws, "joined")
+    room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
+    (first,) = room.connections.values()
+    writes = []
+    first.transport = Recorder(first.transport, writes, first.transport.write)
+    room.broadcast({"type": "left", "user": "before"})
+    crowd = [chat.Connection(Nobody(), Nobody(), user) for _ in range(5)]
+    for connection in crowd:
+        await room.join(connection)
+    room.broadcast({"type": "left", "user": "after"})
+    assert not writes
+    assert [(await read(ws, "left"))["user"] for _ in range(2)] == ["before", "after"]
+    for connection in crowd:
+        (heard,) = connection.transport.heard
+        assert b"before" not in heard and b"after" in heard
+        room.leave(connection)
+
+
+class Nobody:
+    """A WebSocket and its transport, without another side."""
+
+    closed = False
+
+    def __init__(self):
+        self.heard = []
+        self.write = self.heard.append
+
+    async def send_json(self, event):
+        assert event["type"] == "welcome"
+
+    def is_closing(self):
+        return False
+
+    def get_write_buffer_size(self):
+        return 0
+
+
 class Recorder:
     """A transport that notes what is written to it."""
 

@@ -140,7 +140,7 @@ def table(summaries: dict) -> str:
             lost = " *" if run["missing"] else ""
             cells += [
                 f"{run['rate']:,.0f}{lost}",
-                f"{1e6 / run['per_cpu']:#.3g}",
+                f"{1e6 / run['per_cpu']:#.3g}".rstrip("."),
                 f"{figure(run['p50'] * 1000)}, {figure(run['p99'] * 1000)}",
             ]
         cells.append(f"{summary['memory'] / 1024:.1f}")
@@ -156,7 +156,7 @@ def rank(key: tuple[int, str], summaries: dict) -> tuple[int, float]:
 
 
 def figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 or value != value else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 10 or value != value else f"{value:.2g}"
 
 
 def ratios(summaries: dict, readers: int) -> list[tuple[str, float, float, bool]]:
@@ -365,6 +365,8 @@ def report(summaries, facts, rows, missing) -> list[str]:
         parts.append("\n".join(["| the chat | |", "|---|---|", *lines]))
     if rows:
         parts.append(ratio_table(rows))
+    if summaries and all(count != 1000 for count, _ in summaries):
+        parts.append("The targets are meant for 1,000 readers; those were others.")
     if missing:
         lines = [f"- {name}: {reason}" for name, reason in missing.items()]
         parts.append("\n".join(["Left out, in whole or in part:", *lines]))
