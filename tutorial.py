@@ -65,12 +65,11 @@ def show(*things) -> None:
 def show_constants(*names: str) -> None:
     """Show the assignments to some names of chat.py."""
     source = SOURCE.read_text("utf-8")
-    parts = [
-        ast.get_source_segment(source, node)
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and node.targets[0].id in names
-    ]
-    display_source("chat.py, constants", "\n".join(parts))
+    lines, found = source.splitlines(), []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id in names:
+            found += lines[node.lineno - 1 : node.end_lineno]
+    display_source("chat.py, constants", "\n".join(found))
 
 
 def show_script(*names: str) -> None:
@@ -474,12 +473,15 @@ class Wire:
 
     def _repr_html_(self) -> str:
         rows = [
-            f"<tr><td>{way}</td><td>{len(data)}</td>"
+            f'<tr style="white-space:nowrap"><td>{way}</td><td>{len(data)}</td>'
             f"<td><code>{data[:12].hex(' ')}{' …' * (len(data) > 12)}</code></td>"
-            f'<td style="text-align:left">{escape(meaning)}</td></tr>'
+            '<td style="text-align:left;white-space:normal">'
+            f"{escape(meaning)}</td></tr>"
             for way, data, meaning in self.rows
         ]
-        titles = "".join(f"<th>{name}</th>" for name in ("", "bytes", "", "which say"))
+        titles = "".join(
+            f"<th>{name}</th>" for name in ("", "bytes", "the first", "what they say")
+        )
         return f"<table><tr>{titles}</tr>{''.join(rows)}</table>"
 
 
