@@ -40,7 +40,11 @@ import chat
 
 HERE = Path(__file__).parent
 PASSWORD = "correct horse"
-SECRET_KEY = secrets.token_hex()  # one for all servers of a notebook
+DEFAULTS = {field.name: str(field.default) for field in fields(chat.Settings)}
+# Cookies know no ports: one of another chat on this host is no news.
+logging.getLogger("aiohttp_session").addHandler(logging.NullHandler())
+# One key for all servers of a notebook, and nobody waits who runs a cell ten times.
+REPEATABLE = {"SECRET_KEY": secrets.token_hex(), "LOGIN_ATTEMPTS": 1_000_000}
 
 
 # --- Show ---
@@ -115,7 +119,10 @@ def frame(server: "Server", path: str = "/", height: int = 480) -> None:
     if server.host == "0.0.0.0":
         others = f"http://{own_address()}:{server.port}{path}"
         parts.append(f'<p>Others on this network: <a href="{others}">{others}</a></p>')
-    if "VSCODE_PID" in os.environ:  # its frames belong to another site: no cookies
+    if {
+        "VSCODE_PID",
+        "VSCODE_CWD",
+    } & os.environ.keys():  # its frames belong to another site: no cookies
         parts.append("<p>VS Code cannot sign in inside a frame: take the link.</p>")
     else:
         name = f"chat-{secrets.token_hex(4)}"
@@ -141,7 +148,9 @@ def picture(html: str, height: int = 300) -> None:
     """Show a page that a server has sent, as a picture: nothing in it can be run."""
     style = (HERE / "static" / "chat.css").read_text("utf-8")
     html = re.sub("<link rel=.icon.*?>|<(no)?script.*?script>| autofocus", "", html)
-    html = re.sub("<link rel=.stylesheet.*?>", f"<style>{style}</style>", html)
+    html = re.sub(
+        "<link rel=.stylesheet.*?>", lambda _: f"<style>{style}</style>", html
+    )
     frame = f'<iframe sandbox srcdoc="{escape(html)}" title="A page" width="100%" '
     frame += f'height="{height}" style="border:1px solid #8888"></iframe>'
     display(HTML(f"<div>{frame}</div>"))
@@ -225,7 +234,7 @@ class Lines(logging.Handler):
     Loggers belong to the whole process: of several servers, the newest one listens.
     """
 
-    names = "chat", "aiohttp.server", "aiohttp_session"
+    names = "chat", "aiohttp.server"
     listeners = []
 
     def __init__(self, lines: list, seen: bool) -> None:
@@ -241,7 +250,7 @@ class Lines(logging.Handler):
         error = record.exc_info and record.exc_info[1]
         cause = f": {type(error).__name__}: {error}" if error else ""
         self.lines.append(record.getMessage() + cause)
-        if self.seen and record.name != "aiohttp_session":  # a cookie of another chat
+        if self.seen:
             print(self.lines[-1])
 
     def close(self) -> None:
@@ -263,7 +272,7 @@ async def serving(
     """
     names = {field.name for field in fields(module.Settings)}
     settings = {name: replaced.pop(name) for name in names & replaced.keys()}
-    settings = module.Settings(**{"SECRET_KEY": SECRET_KEY} | settings)
+    settings = module.Settings(**REPEATABLE | settings)
     routes = [
         (method, path, replaced.get(handler.__name__, handler), name)
         for method, path, handler, name in module.ROUTES
@@ -450,7 +459,9 @@ class Wire:
         payload, mask = json.dumps(event).encode(), secrets.token_bytes(4)
         masked = bytes(byte ^ mask[n % 4] for n, byte in enumerate(payload))
         size = len(payload)
-        length = bytes([0x80 | size]) if size < 126 else bytes([0xFE, size >> 8, size])
+        length = (
+            bytes([0x80 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
+        )
         frame = b"\x81" + length + mask + masked
         self.rows.append(("to the server", frame, payload.decode()))
         self.streams[1].write(frame)
@@ -495,9 +506,7 @@ class Process:
     """
 
     def __init__(self, **settings) -> None:
-        names = {field.name for field in fields(chat.Settings)}
-        others = {name: text for name, text in os.environ.items() if name not in names}
-        self.environment = others | {"PORT": "0"} | settings
+        self.environment = os.environ | DEFAULTS | {"PORT": "0"} | settings
         self.output, self.port = "", 0
 
     async def __aenter__(self) -> "Process":
@@ -562,8 +571,15 @@ NO_MONGODB = (
 @contextlib.asynccontextmanager
 async def mongodb():
     """Give the URI of a replica set: of MONGO_HOST, or one of our own; None if none."""
-    if os.environ.get("MONGO_HOST") or not find_mongod():
-        yield os.environ.get("MONGO_HOST")
+    if uri := os.environ.get("MONGO_HOST"):
+        async with pymongo.AsyncMongoClient(uri, serverSelectionTimeoutMS=3000) as one:
+            hello = {}
+            with contextlib.suppress(pymongo.errors.PyMongoError):
+                hello = await one.admin.command("hello")
+        yield uri if hello.keys() & {"setName", "msg"} else None
+        return
+    if not find_mongod():
+        yield None
         return
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -649,16 +665,22 @@ def need(condition, sentence: str) -> None:
         raise Lacking(sentence)
 
 
+async def empty(): ...
+async def empty_generator():
+    yield
+
+
+EMPTY = {function.__code__.co_code for function in (empty, empty_generator)}
+
+
 def is_stub(attempt) -> bool:
     """Tell a function that does nothing yet, or a class that adds nothing."""
     if isinstance(attempt, type):
         own = [name for name in vars(attempt) if name[0] != "_"]
-        own += [name for name in ("__init__", "__post_init__") if name in vars(attempt)]
-        generated = hasattr(attempt, "__dataclass_fields__")
-        own = [name for name in own if not (generated and name == "__init__")]
+        own += ["__post_init__"] if "__post_init__" in vars(attempt) else []
         return all(is_stub(vars(attempt)[name]) for name in own)
     code = getattr(attempt, "__code__", None)
-    return code and not code.co_names and set(code.co_consts) <= {None, attempt.__doc__}
+    return code is not None and code.co_code in EMPTY
 
 
 def check(function):
@@ -695,9 +717,12 @@ async def trying(*arguments, **replaced):
 
 
 async def nothing_left(before: set) -> None:
+    """Need that no task of the attendee's, or of a room of theirs, is left."""
     await asyncio.sleep(0)
-    left = [task for task in asyncio.all_tasks() - before if not task.done()]
-    need(not left, "The chat has stopped, and a task of yours still runs.")
+    for task in asyncio.all_tasks() - before:
+        frame = None if task.done() else getattr(task.get_coro(), "cr_frame", None)
+        theirs = frame and frame.f_globals.get("__name__") in ("__main__", "chat")
+        need(not theirs, "The chat has stopped, and a task of yours still runs.")
 
 
 @check
@@ -720,7 +745,7 @@ async def check_mended(mended) -> None:
 async def check_greeting(attempt) -> None:
     def read(**environment):
         with (
-            patch.dict(os.environ, environment),
+            patch.dict(os.environ, DEFAULTS | environment),
             patch.object(chat, "Settings", attempt),
         ):
             return chat.read_settings()
@@ -869,6 +894,7 @@ async def check_private(attempt) -> None:
         receipt = await ann.say("/msg bob meet me at noon", nonce="secret")
         need(receipt["type"] == "message", "Ann got an error.")
         need(receipt["id"] <= server.room.last, "The receipt's id is a new one.")
+        need(receipt.get("user") == "ann", "The receipt does not say whose it is.")
         for person in bob, tab, ann:
             event = await person.next("private")
             need(event.get("user") == "ann", "One cannot see who wrote.")
@@ -908,6 +934,11 @@ async def check_rooms(chat_list, web_socket, run_rooms) -> None:
         need("tea?" not in await ann.get("/"), "The lobby's page shows the kitchen.")
         async with ann.session.get("/?room=attic") as response:
             need(response.status == 404, "There is no attic: that is a 404.")
+        try:
+            await ann.session.ws_connect("/ws?room=attic")
+            raise Lacking("There is no attic: /ws?room=attic is a 404 as well.")
+        except aiohttp.WSServerHandshakeError as refusal:
+            need(refusal.status == 404, f"/ws?room=attic gives {refusal.status}.")
     await nothing_left(before)
 
 
@@ -923,6 +954,10 @@ async def check_clock(attempt) -> None:
         again = await ann.next("message")
         need(again["id"] == heard["id"] + 1, "It should speak every second.")
         need(again["nonce"] != heard["nonce"], "Each message needs a nonce of its own.")
+        start = time.monotonic()
+        await ann.next("message")
+        passed = time.monotonic() - start
+        need(0.5 < passed < 2, f"Between two messages {passed:.1f} s passed, not one.")
         stored = await server.db.messages.count_documents({"user": "clock"})
         need(stored >= 2, "What it says should be stored, like all messages.")
     await nothing_left(before)
