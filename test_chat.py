@@ -1087,6 +1087,7 @@ BAD_EVENTS = [
     json.dumps({"type": "message", "text": "x", "nonce": "n" * 65}),
     '{"type": "message", "text": "\\ud800", "nonce": "n"}',
     '{"type": "message", "text": "x", "nonce": "\\udfff"}',
+    '{"type": "message", "text": "x", "nonce": "n", "more": ["\\ud800"]}',
     '{"type": "message", "text": "x", "nonce": "n"', "\0", "9" * 5_000, "NaN", "-",
     '{"\\ud800": 1}', "\u202e{}", '{"type": "message", "text": ["x"], "nonce": "n"}',
 ]  # fmt: skip
@@ -2519,15 +2520,19 @@ async def jupyter(request, browser, tmp_path):
 
 
 async def run_in_browser(cell):
-    """Run a cell. Jupyter may still be busy with itself when it is asked first."""
-    playwright = optional("playwright.async_api")
+    """Run a cell once. Jupyter may still be busy with itself when it is asked first."""
+    playwright, prompt = (
+        optional("playwright.async_api"),
+        cell.locator(".jp-InputPrompt"),
+    )
+    begun = prompt.filter(has_text=re.compile(r"[*\d]"))
     for _ in range(10):
         await cell.locator(".cm-content").click()
         await cell.page.keyboard.press("Shift+Enter")
-        done = cell.locator(".jp-InputPrompt", has_text=re.compile(r"\d"))
         with contextlib.suppress(playwright.TimeoutError):
-            await done.wait_for(timeout=5000)
+            await begun.wait_for(timeout=3000)
             break
+    await prompt.filter(has_text=re.compile(r"\d")).wait_for()
 
 
 async def test_chat_appears_in_a_frame_of_the_notebook_and_two_can_talk(jupyter):
@@ -2537,7 +2542,7 @@ async def test_chat_appears_in_a_frame_of_the_notebook_and_two_can_talk(jupyter)
     await run_in_browser(cells.nth(1))
     frame = jupyter.frame_locator("iframe[title='The chat']")
     await frame.get_by_role("link", name="Create an account").click()
-    await frame.get_by_label("Name").fill("bob")
+    await frame.get_by_label("Name", exact=True).fill("bob")
     await frame.get_by_label("Password", exact=True).fill(PASSWORD)
     await frame.get_by_label("Password again").fill(PASSWORD)
     await frame.get_by_role("button", name="Create account").click()
