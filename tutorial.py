@@ -119,10 +119,8 @@ def frame(server: "Server", path: str = "/", height: int = 480) -> None:
     if server.host == "0.0.0.0":
         others = f"http://{own_address()}:{server.port}{path}"
         parts.append(f'<p>Others on this network: <a href="{others}">{others}</a></p>')
-    if {
-        "VSCODE_PID",
-        "VSCODE_CWD",
-    } & os.environ.keys():  # its frames belong to another site: no cookies
+    # A frame in VS Code belongs to another site than the chat: no cookies.
+    if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys():
         parts.append("<p>VS Code cannot sign in inside a frame: take the link.</p>")
     else:
         name = f"chat-{secrets.token_hex(4)}"
@@ -270,8 +268,7 @@ async def serving(
     application starts. `change` is called with the application before that. What is
     logged is kept in `server.log`, a line each; with `log` it is printed too.
     """
-    names = {field.name for field in fields(module.Settings)}
-    settings = {name: replaced.pop(name) for name in names & replaced.keys()}
+    settings = {name: replaced.pop(name) for name in DEFAULTS.keys() & replaced.keys()}
     settings = module.Settings(**REPEATABLE | settings)
     routes = [
         (method, path, replaced.get(handler.__name__, handler), name)
@@ -294,11 +291,8 @@ async def serving(
         yield server
 
 
-live = None  # the server that cells share, and how to stop it
+live = None  # the server that cells share
 memory = chat.AsyncMongoMockClient(tz_aware=True)  # its database, which outlives it
-
-
-REMEMBER = {"AsyncMongoMockClient": lambda **options: memory}
 
 
 async def serve(*arguments, **changes) -> Server:
@@ -308,23 +302,21 @@ async def serve(*arguments, **changes) -> Server:
     accounts, messages and sessions stay as well, until the kernel stops.
     """
     global live
-    port = live[0].port if live else 0
+    shared = {"port": live.port if live else 0, "log": True}
+    shared["AsyncMongoMockClient"] = lambda **options: memory
     await stop()
     stack = contextlib.AsyncExitStack()
-    server = await stack.enter_async_context(
-        serving(*arguments, **{"port": port, "log": True} | REMEMBER | changes)
-    )
-    live = server, stack
-    return server
+    live = await stack.enter_async_context(serving(*arguments, **shared | changes))
+    live.stop = stack.aclose
+    return live
 
 
 async def stop() -> None:
     """Stop what `serve` has started, with all people in it."""
     global live
     if live:
-        _, stack = live
-        live = None
-        await stack.aclose()
+        server, live = live, None
+        await server.stop()
 
 
 # --- Talk ---
