@@ -55,7 +55,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp_jinja2
@@ -472,7 +472,7 @@ class Message(Model):
                 "user_id": user["_id"],
                 "user": user["name"],
                 "text": text,
-                "time": datetime.now(timezone.utc),
+                "time": datetime.now(UTC),
                 "nonce": nonce,
             }
             try:
@@ -505,7 +505,7 @@ class Presence(Model):
 
     async def enter(self, connection_id: ObjectId, name: str) -> None:
         document = {"_id": connection_id, "user": name, "process": self.process}
-        document["seen"] = datetime.now(timezone.utc)
+        document["seen"] = datetime.now(UTC)
         await answer(self.db.insert(self.db.online, document))
 
     async def leave(self, connection_ids: Iterable[ObjectId]) -> None:
@@ -522,7 +522,7 @@ class Presence(Model):
     async def renew(self, names: dict[ObjectId, str]) -> None:
         """Say that these connections are still there, and put back what is missing."""
         query = {"_id": {"$in": list(names)}}
-        seen = {"$set": {"seen": datetime.now(timezone.utc)}}
+        seen = {"$set": {"seen": datetime.now(UTC)}}
         result = await answer(self.db.online.update_many(query, seen))
         if result.matched_count < len(names):
             for connection_id in names.keys() - (await self.everybody()).keys():

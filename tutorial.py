@@ -379,10 +379,10 @@ class Person:
                     event = await self.events.get()
                     if not types or event["type"] in types:
                         return event
-        except asyncio.TimeoutError:
+        except TimeoutError:
             wanted = " or ".join(types) or "event"
             waited = f"{self.name} waited {seconds:g} s for a {wanted}, in vain."
-            raise asyncio.TimeoutError(waited) from None
+            raise TimeoutError(waited) from None
 
     async def send(self, **event) -> None:
         await self.ws.send_json(event)
@@ -394,9 +394,9 @@ class Person:
         await self.send(type="message", text=text, nonce=nonce)
         try:
             return await asyncio.wait_for(self.receipts[nonce], 3)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             waited = f"{self.name} waited 3 s for the receipt of {text!r}, in vain."
-            raise asyncio.TimeoutError(waited) from None
+            raise TimeoutError(waited) from None
 
     def texts(self) -> list[str]:
         """Return all that this person has heard people say."""
@@ -688,7 +688,7 @@ def check(function):
                 await function(*attempts)
         except Lacking as error:
             print(f"✗ Not yet. {error}")
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             print(f"✗ Not yet. {error or 'It takes more than 20 s.'}")
         except Exception as error:  # an attempt may raise anything
             print(f"✗ Not yet. It raised {type(error).__name__}: {error}")

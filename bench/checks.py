@@ -10,7 +10,7 @@ import socket
 import statistics
 import time
 import uuid
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import load
 from load import Load, LoadError, chat_message
@@ -105,7 +105,7 @@ def fill_mongodb(uri: str, name: str, count: int) -> None:
                     "user_id": "bench",
                     "user": "sender-0",
                     "text": load.TEXT,
-                    "time": datetime.now(timezone.utc),
+                    "time": datetime.now(UTC),
                     "nonce": str(uuid.uuid4()),
                 }
                 for number in range(first, min(first + 10_000, count + 1))

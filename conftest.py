@@ -1,0 +1,311 @@
+"""Real parts for the tests, and what people do with them."""
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pymongo
+import pytest
+from aiohttp.test_utils import TestClient, TestServer, unused_port
+from bson import ObjectId
+
+import chat
+from workshop.mongodb import find_mongod
+
+HERE = Path(__file__).parent
+PASSWORD = "correct horse"
+# aiohttp-session 2.12 still keeps its session under a plain string key.
+WARNINGS = "error,ignore:It is recommended to use web:UserWarning"
+NO_MONGOD = (
+    "no mongod: pip install -r .ci/requirements.txt, or put MongoDB's own on the PATH"
+)
+NO_BROWSER = (
+    "no browser: pip install -r .ci/requirements.txt, and apt-get install chromium"
+)
+
+
+def need(thing, reason):
+    """Return a thing that a test needs; where there is none, skip, or fail in CI."""
+    if not thing:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    return thing
+
+
+def optional(name):
+    found = importlib.util.find_spec(name.partition(".")[0])
+    return found and importlib.import_module(name)
+
+
+# --- Real parts: MongoDB ---
+class Mongod:
+    """A real MongoDB server that can be frozen, killed and started again."""
+
+    def __init__(self, folder, *options):
+        self.port, self.folder, self.options = unused_port(), folder, options
+        folder.mkdir()
+        self.start()
+
+    @property
+    def uri(self):
+        return f"mongodb://127.0.0.1:{self.port}"
+
+    def start(self):
+        address = ["--bind_ip", "127.0.0.1", "--port", str(self.port)]
+        store = ["--dbpath", self.folder, "--wiredTigerCacheSizeGB", "0.25"]
+        command = [find_mongod(), *address, *store, "--quiet", *self.options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        with pymongo.MongoClient(self.uri, directConnection=True) as client:
+            client.admin.command("ping")
+
+    def command(self, *command, **more):
+        with pymongo.MongoClient(self.uri, directConnection=True) as client:
+            return client.admin.command(*command, **more)
+
+    def freeze(self):
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self):
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class ReplicaSet:
+    """Real servers that hold the same data and elect one of them to take writes."""
+
+    def __init__(self, folder, size):
+        # MongoDB looks for what has expired once a minute; here every 5 seconds.
+        options = ["--replSet", "rs0", "--setParameter", "ttlMonitorSleepSecs=5"]
+        self.members = [Mongod(folder / str(n), *options) for n in range(size)]
+        hosts = [f"127.0.0.1:{member.port}" for member in self.members]
+        config = {"_id": "rs0", "settings": {"electionTimeoutMillis": 2000}}
+        config["members"] = [{"_id": n, "host": host} for n, host in enumerate(hosts)]
+        self.members[0].command("replSetInitiate", config)
+        self.uri = f"mongodb://{','.join(hosts)}/?replicaSet=rs0"
+        self.primary()
+
+    def primary(self):
+        """Return the member that takes writes, as soon as there is one."""
+        with pymongo.MongoClient(self.uri) as client:
+            client.admin.command("ping")
+            port = wait_for(lambda: client.primary)[1]
+        return next(member for member in self.members if member.port == port)
+
+    def kill(self):
+        for member in self.members:
+            member.thaw()
+            member.kill()
+
+
+def can_connect(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+
+
+def wait_for(claim, seconds=20):
+    """Wait until a claim holds and return what it gave."""
+    deadline = time.monotonic() + seconds
+    while not (found := claim()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+async def until(claim, seconds=20):
+    """Wait, while the chat in this process goes on, until a claim holds."""
+    deadline = time.monotonic() + seconds
+    while not (found := claim()):
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.02)
+    return found
+
+
+@pytest.fixture(scope="session")
+def mongodb(tmp_path_factory):
+    """The URI of a replica set with one member."""
+    need(find_mongod(), NO_MONGOD)
+    replica_set = ReplicaSet(tmp_path_factory.mktemp("mongodb"), size=1)
+    yield replica_set.uri
+    replica_set.kill()
+
+
+@pytest.fixture
+def standalone(tmp_path):
+    """A MongoDB of one's own, without a replica set."""
+    need(find_mongod(), NO_MONGOD)
+    mongod = Mongod(tmp_path / "standalone")
+    yield mongod
+    mongod.thaw()
+    mongod.kill()
+
+
+def on(uri, **more):
+    """Settings for a database of one's own at a URI."""
+    name = f"test-{ObjectId()}"
+    return chat.Settings(
+        MONGO_HOST=uri, MONGO_DB_NAME=name, SECRET_KEY="any text", **more
+    )
+
+
+@pytest.fixture(params=["in memory", "on MongoDB"])
+def settings(request):
+    """The default settings, for each of the two backends in turn."""
+    if request.param == "in memory":
+        return chat.Settings()
+    return on(request.getfixturevalue("mongodb"))
+
+
+# --- Real parts: the chat, here or in a process of its own ---
+@pytest.fixture
+async def serve():
+    """A function that serves the chat in this process; all are closed at the end."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def serve(settings):
+            server = TestServer(chat.init_app(settings))
+            await stack.enter_async_context(server)
+            server.visitor = lambda: stack.enter_async_context(TestClient(server))
+            return server
+
+        yield serve
+
+
+@pytest.fixture
+async def server(serve, settings):
+    return await serve(settings)
+
+
+class Process:
+    """`python chat.py`, as a user starts it."""
+
+    def __init__(self, **environment):
+        environment = {"PORT": "0", "PYTHONWARNINGS": WARNINGS} | environment
+        self.lines = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", HERE / "chat.py"],
+            env=clean_environment() | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_until_ready(self):
+        while "CTRL+C" not in "".join(self.lines):
+            line = self.process.stdout.readline()
+            assert line, self.process.stderr.read()
+            self.lines.append(line)
+        self.port = int(re.search(r"http://\S+:(\d+)", "".join(self.lines))[1])
+        return self
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self, number=signal.SIGINT, seconds=20):
+        """Stop it; return its exit code, what it said and what it complained of."""
+        self.process.send_signal(number)
+        return self.end(seconds)
+
+    def end(self, seconds=20):
+        """Wait until it ends by itself."""
+        output, errors = self.process.communicate(timeout=seconds)
+        return self.process.returncode, "".join(self.lines) + output, errors
+
+
+def clean_environment():
+    names = {field.name for field in chat.fields(chat.Settings)}
+    return {key: value for key, value in os.environ.items() if key not in names}
+
+
+@pytest.fixture
+def start():
+    """A function that starts the chat as a process; all are killed at the end."""
+    processes = []
+
+    def start(**environment):
+        processes.append(Process(**environment))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.process.kill()
+        process.process.communicate()
+
+
+# --- What people do ---
+def form(name, **more):
+    return {"login": name, "password": PASSWORD, "password2": PASSWORD} | more
+
+
+async def sign_in(server, name="ann", **more):
+    """Create an account as a browser would and return the visitor who has it."""
+    visitor = await server.visitor()
+    response = await visitor.post("/signin", data=form(name, **more))
+    assert (response.status, response.url.path) == (200, "/")
+    return visitor
+
+
+async def connect(visitor, after=None):
+    """Open a WebSocket, read up to `welcome`, and keep both with it."""
+    ws = await visitor.ws_connect("/ws" if after is None else f"/ws?after={after}")
+    ws.replayed = []
+    while (event := await read(ws))["type"] == "message":
+        ws.replayed.append(event)
+    assert event["type"] == "welcome"
+    ws.welcome = event
+    return ws
+
+
+async def read(ws, *types):
+    """Return the next event, or the next of one of these types."""
+    while True:
+        event = json.loads(await ws.receive_str(timeout=10))
+        if not types or event["type"] in types:
+            return event
+
+
+async def say(ws, text, nonce=None):
+    """Send a message and return its receipt."""
+    nonce = nonce or str(ObjectId())
+    await ws.send_json({"type": "message", "text": text, "nonce": nonce})
+    while (event := await read(ws, "message", "error")).get("nonce") != nonce:
+        pass
+    assert event["type"] == "message", event
+    return event
+
+
+async def closed(ws):
+    """Read what is left and return the close code."""
+    async for _ in ws:
+        pass
+    return ws.close_code
+
+
+def shown_ids(page):
+    return [int(number) for number in re.findall(r'data-id="(\d+)"', page)]
+
+
+# --- Real parts: browsers ---
+@pytest.fixture
+async def browser():
+    playwright = need(optional("playwright.async_api"), NO_BROWSER)
+    names = "chromium", "chromium-browser", "google-chrome"
+    path = need(next(filter(None, map(shutil.which, names)), None), NO_BROWSER)
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    async with playwright.async_playwright() as driver:
+        browser = await driver.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        await browser.close()
