@@ -1,8 +1,8 @@
 """A chat that loses no message, in one file to read from top to bottom.
 
-In 2016 an article built a chat to show what aiohttp can do. This is that chat today:
-its sections are here in their order, and so is what has been learnt since, marked
-"Beyond the article". It is the application, not an excerpt of one.
+The 2016 article (README, "Read") built a chat to show what aiohttp can do. This is that
+chat today. It keeps the article's sections, in order; what goes further is marked
+"Beyond the article". This is the whole application, not an excerpt.
 
     pip install -r requirements.txt
     python chat.py
@@ -10,52 +10,54 @@ its sections are here in their order, and so is what has been learnt since, mark
 1. Settings      2. Middlewares      3. Database and models      4. Views
 5. WebSocket     6. Routes and static      7. Startup and shutdown
 
-A few words mean one thing each, everywhere below:
+These words have one meaning throughout:
 
-    app         the web application; what it shares is kept in it, under typed keys
-    db          the database: MongoDB, or a stand-in in memory when none is set
-    user        the document of somebody who has an account
+    app         the web application; it holds what its parts share, under typed keys
+    db          the Database: MongoDB, or a stand-in in memory
+    user        a registered user's document; a request keeps only `_id` and `name`
     message     what a user said: a number, a name, a text, a time
     event       a JSON object on a WebSocket; its `type` says what it is
     connection  one open WebSocket; a user with three tabs has three
-    room        all connections of this process, and what they have to know
-    change      what the database tells: a document came or went
+    room        all connections of this process, and what they need to know
+    change      a notification from the database: a document is new, different or gone
 """
 
 # What `uv run chat.py` and `pipx run chat.py` install before they start (PEP 723):
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #   "aiohttp>=3.14,<4",
 #   "aiohttp-jinja2>=1.6",
 #   "aiohttp-session>=2.12",
 #   "cryptography>=47",
-#   "environs>=14",
 #   "jinja2>=3.1",
 #   "mongomock-motor>=0.0.36",
 #   "motor>=3.7",
-#   "typing-extensions>=4.12",  # mongomock-motor imports it, and forgot to say so
+#   "precis-i18n>=1.1",
+#   "pydantic-settings>=2.7",
+#   "typing-extensions>=4.12",  # mongomock-motor imports it without declaring it
 # ]
 # ///
 
 import asyncio
 import functools
 import hashlib
+import ipaddress
 import json
 import logging
 import os
 import re
 import secrets
+import socket
 import struct
 import sys
 import time
 import unicodedata
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import aiohttp_jinja2
@@ -68,20 +70,24 @@ from bson import ObjectId
 from bson.errors import InvalidId
 from cryptography.exceptions import InvalidKey
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
-from environs import Env, EnvError
+from markupsafe import Markup
 from mongomock_motor import AsyncMongoMockClient
 from motor.motor_asyncio import AsyncIOMotorClient
-from pymongo.errors import DuplicateKeyError, PyMongoError
+from precis_i18n import get_profile
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
+from yarl import URL
 
-try:
-    from asyncio import timeout
-except ImportError:  # Python 3.10, where aiohttp brings it
-    from async_timeout import timeout
-
-try:  # the same loop in C, if it is installed: up to a quarter less a delivery
+try:  # the same loop in C, if installed: up to 25 % cheaper per delivery
     from uvloop import new_event_loop
 except ImportError:
     from asyncio import new_event_loop
+
+try:  # Windows has no such limits
+    import resource
+except ImportError:
+    resource = None
 
 HERE = Path(__file__).parent
 log = logging.getLogger("chat")
@@ -90,81 +96,64 @@ log = logging.getLogger("chat")
 # ------------------------------------------------------------------------------
 # 1. Settings
 #
-# They come from the environment, or from a file `.env` beside this one. All have a
-# default, so that `python chat.py` needs none of them. Beyond the article: each is
-# checked at the start, where a person still looks at the console.
+# They come from the environment, or from a file `.env` beside this one. Every setting
+# has a default, so `python chat.py` works with none of them. Beyond the article: each
+# is checked at startup, while you are still watching the console.
 # ------------------------------------------------------------------------------
-class WrongSetting(Exception):
-    """Say in one line which setting is wrong, what it got and what it wants."""
+class Settings(BaseSettings):
+    """What can be set; `.env.example` explains each. Raises ValidationError."""
 
-    def __init__(self, name: str, got, wanted: str) -> None:
-        super().__init__(f"{name} is {got!r}; it must be {wanted}")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Hold what can be set (`.env.example` explains each). Raises WrongSetting."""
-
+    model_config = SettingsConfigDict(
+        env_file=HERE / ".env",
+        env_file_encoding="utf-8-sig",  # editors on Windows may add a byte order mark
+        case_sensitive=True,
+        extra="ignore",
+        validate_default=True,
+        hide_input_in_errors=True,  # a URI may hold a password
+    )
     DEBUG: bool = False
-    HOST: str = "127.0.0.1"
-    PORT: int = 8080
-    SECRET_KEY: str = ""
-    SECURE_COOKIES: bool = False
+    HOST: str = Field("127.0.0.1", min_length=1)  # empty would mean every address
+    PORT: int = Field(8080, ge=0, le=65_535)
+    ORIGIN: str = ""
     MONGO_HOST: str = ""
-    MONGO_DB_NAME: str = "chat"
-    MAX_MESSAGE_LENGTH: int = 1_000  # characters
-    MESSAGES_PER_SECOND: int = 5  # of one connection, after
-    MESSAGE_BURST: int = 20  # at once
-    LOGIN_ATTEMPTS: int = 10  # a minute, from one address for one login
-    MAX_UNSENT_BYTES: int = 262_144  # waiting for one reader
+    MONGO_DB_NAME: str = Field("chat", pattern=r"^[A-Za-z0-9_-]{1,38}$")
+    SECRET_KEY: str = ""
+    MAX_MESSAGE_LENGTH: int = Field(1_000, ge=1, le=10_000)  # characters
+    MESSAGES_PER_SECOND: int = Field(5, ge=1, le=1_000_000)  # per person, after
+    MESSAGE_BURST: int = Field(20, ge=1, le=1_000_000)  # at once
+    CONNECTIONS_PER_PERSON: int = Field(20, ge=1, le=1_000_000)
+    LOGIN_ATTEMPTS: int = Field(10, ge=1, le=1_000_000)  # per minute and account
+    MAX_UNSENT_BYTES: int = Field(262_144, ge=1_024, le=1 << 30)  # per connection
 
-    def __post_init__(self) -> None:
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise WrongSetting(name, value, f"a whole number from {low} to {high}")
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,38}", self.MONGO_DB_NAME):
-            wanted = "1 to 38 letters, digits, _ or -"
-            raise WrongSetting("MONGO_DB_NAME", self.MONGO_DB_NAME, wanted)
-        if self.MONGO_HOST and not self.SECRET_KEY:
-            wanted = "hard to guess where MONGO_HOST is set: all processes share it"
-            raise WrongSetting("SECRET_KEY", self.SECRET_KEY, wanted)
+    @field_validator("ORIGIN")
+    @classmethod
+    def as_browsers_send_it(cls, origin: str) -> str:
+        """Normalize: browsers send lower case, no default port, and no path."""
+        url = URL(origin)
+        if origin and (url.scheme not in {"http", "https"} or url.path_qs != "/"):
+            raise ValueError("must be like https://chat.example, without a path")
+        return str(url.origin()) if origin else ""
 
-
-RANGES = {
-    "PORT": (0, 65_535),  # 0: any free one
-    "MAX_MESSAGE_LENGTH": (1, 10_000),
-    "MESSAGES_PER_SECOND": (1, 1_000_000),
-    "MESSAGE_BURST": (1, 1_000_000),
-    "LOGIN_ATTEMPTS": (1, 1_000_000),
-    "MAX_UNSENT_BYTES": (1_024, 1 << 30),
-}
+    @field_validator("SECRET_KEY")
+    @classmethod
+    def shared_by_all_processes(cls, key: str, info) -> str:
+        if info.data.get("MONGO_HOST") and not key:
+            raise ValueError("must be set with MONGO_HOST, to any text hard to guess")
+        return key
 
 
-def read_settings() -> Settings:
-    """Read the environment, and `.env` for what is not there. Raises WrongSetting."""
-    env, values = Env(), {}
-    try:
-        env.read_env(HERE / ".env", recurse=False)
-    except (OSError, ValueError):
-        raise WrongSetting(".env", str(HERE / ".env"), "a text file in UTF-8") from None
-    readers = {bool: env.bool, int: env.int, str: env.str}
-    for setting in fields(Settings):
-        try:
-            value = readers[setting.type](setting.name, setting.default)
-        except EnvError:
-            wanted = "true or false" if setting.type is bool else "a whole number"
-            raise WrongSetting(setting.name, os.environ[setting.name], wanted) from None
-        values[setting.name] = value
-    return Settings(**values)
+class CannotStart(Exception):
+    """Say in one line why the chat cannot start."""
 
 
-# What the application shares is kept in `app[KEY]`, what belongs to one request in
-# `request[KEY]`. The keys carry a type, so an editor knows what comes out.
+# What the application shares is stored in `app[KEY]`, what belongs to one request in
+# `request[KEY]`. The keys are typed, so an editor knows what comes out.
 SETTINGS = web.AppKey("settings", Settings)
 DATABASE = web.AppKey("database", "Database")
 ROOM = web.AppKey("room", "Room")
 THROTTLE = web.AppKey("throttle", Callable)
+HASH_TURN = web.AppKey("hash_turn", asyncio.Lock)
+STOP = web.AppKey("stop", Callable)
 DB = web.RequestKey("db", "Database")
 USER = web.RequestKey("user", dict)
 
@@ -172,38 +161,60 @@ USER = web.RequestKey("user", dict)
 # ------------------------------------------------------------------------------
 # 2. Middlewares
 #
-# Each wraps every handler, the first one outermost: see `init_app` for their order.
-# Beyond the article: `same_origin`, because a cookie alone does not tell whether
-# the person or another site is asking.
+# Each wraps every handler, the first one outermost: `init_app` has their order.
+# Beyond the article: `own_origin`, because a cookie alone does not show whether the
+# person or another site's page makes the request.
 # ------------------------------------------------------------------------------
 PUBLIC = {"login", "signin", "static"}
 
 
 @web.middleware
-async def same_origin(request: web.Request, handler) -> web.StreamResponse:
-    """Refuse what another site's page sends in a visitor's name, with 403.
+async def own_origin(request: web.Request, handler) -> web.StreamResponse:
+    """Reject requests for another host (421) and from another site's page (403).
 
-    Forms would be forged (CSRF), WebSockets read (they ignore the same-origin policy).
-    Only browsers send Origin; who sends none has no cookie of somebody else's.
+    Otherwise a foreign page could post our forms with the visitor's cookie (CSRF), and
+    read our WebSocket, to which the same-origin policy does not apply. Only browsers
+    send Origin; a client that sends none carries no victim's cookie.
     """
-    changes = request.method not in {"GET", "HEAD", "OPTIONS"}
-    origin = request.headers.get("Origin")
-    # A proxy may name the public host in X-Forwarded-Host. No page can forge that.
-    hosts = request.host, request.headers.get("X-Forwarded-Host")
-    foreign = origin is not None and origin.partition("://")[2] not in hosts
-    if foreign and (changes or request.match_info.route.name == "chat"):
+    own, origin = request.app[SETTINGS].ORIGIN, request.headers.get("Origin")
+    if not own:
+        # An attacker can point their own name at 127.0.0.1 (DNS rebinding). So without
+        # ORIGIN we answer only to what cannot be pointed: localhost and IP addresses.
+        if not is_local(request.host):
+            log.warning(
+                "Host %r is not an address of this chat; see ORIGIN", request.host
+            )
+            raise web.HTTPMisdirectedRequest(
+                text="The chat is not reached by this name. If it should be, set ORIGIN."
+            )
+        own, origin = request.host, origin and origin.partition("://")[2]
+    unsafe = request.method not in {"GET", "HEAD", "OPTIONS"}
+    if (unsafe or request.match_info.route.name == "chat") and origin not in {
+        None,
+        own,
+    }:
+        log.warning("Origin %r is not %r; see ORIGIN", origin, own)
         raise web.HTTPForbidden(text="This request came from another site.")
     return await handler(request)
 
 
+def is_local(host: str) -> bool:
+    """Tell whether a Host header is `localhost` or an IP address, with any port."""
+    try:
+        name = URL.build(scheme="http", authority=host).host or ""
+        return name == "localhost" or ipaddress.ip_address(name) is not None
+    except ValueError:
+        return False
+
+
 @web.middleware
 async def db_handler(request: web.Request, handler) -> web.StreamResponse:
-    """Hand the request its database, and answer 503 when the database does not."""
+    """Give the request its database, and turn an outage into a 503."""
     request[DB] = request.app[DATABASE]
     try:
         return await handler(request)
-    except UNAVAILABLE as error:
-        log.warning("%s: the database failed: %s", request.rel_url, reason(error))
+    except DATABASE_ERRORS as error:
+        log.warning("The database failed for %s: %s", request.path, reason(error))
         raise web.HTTPServiceUnavailable(
             text="The database does not answer. Please try again in a moment.",
             headers={"Retry-After": "5"},
@@ -212,22 +223,26 @@ async def db_handler(request: web.Request, handler) -> web.StreamResponse:
 
 @web.middleware
 async def authorize(request: web.Request, handler) -> web.StreamResponse:
-    """Let in who has a session of a living user; send everybody else to the login.
+    """Admit requests with a valid session; redirect the others to the login.
 
-    Which pages are public is said by route, not by path prefix: a new page is private
-    until somebody decides otherwise. An unknown URL is a 404 for everybody.
+    Routes, not path prefixes, decide which pages are public: a new page is private
+    until you list it. An unknown URL is a 404 for everyone.
     """
     route = request.match_info.route
     if request.match_info.http_exception or route.name == "static":
         return await handler(request)
     request[USER] = await session_user(request)
     if not request[USER] and route.name not in PUBLIC:
-        raise web.HTTPSeeOther(url(request, "login"))
+        login = path_for(request, "login")
+        page, _, _ = request.headers.get("Referer", "").partition("?")
+        if page.endswith((login, path_for(request, "signin"))):
+            login += "?why=cookie"  # just signed in, and already without a session
+        raise web.HTTPSeeOther(login)
     return await handler(request)
 
 
 async def session_user(request: web.Request) -> dict | None:
-    """Find the user of the session. The cookie is encrypted, but it may be garbage."""
+    """Find the session's user. The cookie is encrypted, but it may be garbage."""
     try:
         user_id = (await get_session(request)).get("user")
         return user_id and await User(request[DB]).get(ObjectId(user_id))
@@ -236,157 +251,216 @@ async def session_user(request: web.Request) -> dict | None:
         return None
 
 
-def url(request: web.Request, name: str) -> str:
+def path_for(request: web.Request, name: str) -> str:
     return str(request.app.router[name].url_for())
 
 
 # ------------------------------------------------------------------------------
 # 3. Database and models
 #
-# MongoDB through Motor, or mongomock-motor in memory: the same calls. Handlers never
-# query; models do. Beyond the article: the database also *tells*. Whatever is
-# inserted or deleted comes back as a stream of changes, and that stream, not the
-# handler, is what the room hears: so any number of processes are one room.
+# We talk to MongoDB through Motor; without a MongoDB, mongomock-motor answers the same
+# calls in memory. Handlers never query; models do. Beyond the article: the database
+# also notifies us. Each write comes back as a change, in one stream that is the same
+# for all processes. The room listens to that stream and not to the handlers, so any
+# number of processes are one room.
 #
-# Motor's heir is PyMongo's AsyncMongoClient; mongomock-motor cannot stand in for it
-# yet. All that would change is in this section: the client, and `await db.watch(…)`.
+# Motor's successor is PyMongo's AsyncMongoClient; mongomock-motor cannot stand in for
+# it yet. All that would change is in this section: the client, and `await db.watch(…)`.
 # ------------------------------------------------------------------------------
-DEADLINE = 5  # seconds that anybody waits for the database
-KEPT = 1_000  # newest messages, held by every process; memory holds twice as many
-UNAVAILABLE = (PyMongoError, asyncio.TimeoutError)
+DEADLINE = 5  # the longest wait for the database or for a form, in seconds
+HISTORY_SIZE = 1_000  # newest messages kept by each process
+DATABASE_ERRORS = (PyMongoError, TimeoutError)
+Change = tuple[str, object, dict | None]  # collection, _id, document (None: deleted)
 
 
-async def answer(query):
-    """Wait for a query, DEADLINE seconds at most. Raises one of UNAVAILABLE.
-
-    Not `asyncio.wait_for`, which makes a task of it: several turns of the event loop.
-    """
-    async with timeout(DEADLINE):
+async def with_deadline(query: Awaitable):
+    """Await a query for at most DEADLINE seconds. Raises DATABASE_ERRORS."""
+    async with asyncio.timeout(DEADLINE):
         return await query
 
 
 def reason(error: BaseException) -> str:
-    """Say in a few words what is wrong, without the password a URI may carry."""
+    """Say briefly what is wrong, without the password that a URI may contain."""
     details = getattr(error, "details", None) or {}
-    return details.get("errmsg") or type(error).__name__
+    return details.get("errmsg") or getattr(error, "sentence", type(error).__name__)
+
+
+class StreamBroken(PyMongoError):
+    """Changes may be missing: open the stream again and read what is there."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
 
 
 class Database:
-    """Give the collections, two ways to write them, and the changes that come of it."""
+    """The collections, and the stream of changes that all processes share."""
 
-    def __init__(self, db) -> None:
-        self.db = db
-        self.users, self.messages, self.online = db.users, db.messages, db.online
+    shared = True  # with other processes
 
-    async def insert(self, collection, document: dict) -> None:
-        await collection.insert_one(document)
+    def __init__(self, mongo) -> None:
+        self.mongo = mongo  # Motor's database
+        self.users, self.messages = mongo.users, mongo.messages
+        self.processes = mongo.processes
 
-    async def delete(self, collection, query: dict) -> None:
-        await collection.delete_many(query)
+    async def write(self, query: Awaitable, change: Change):
+        """Await a write. MongoDB itself notifies every process of the change."""
+        return await query
 
-    async def changes(self) -> AsyncIterator[tuple | None]:
-        """Yield None when the stream is open, and from then on every change in order:
+    @asynccontextmanager
+    async def changes(self) -> AsyncIterator[AsyncIterator[Change]]:
+        """Open the stream; then yield its changes, in order. Raises DATABASE_ERRORS.
 
-        the collection's name, "insert" or "delete", and the document (or its `_id`).
-        The driver resumes a broken stream by itself; raises PyMongoError if it can't.
+        Open before reading: every write from now on is in the stream, so nothing falls
+        between what the caller reads next and what it hears after that.
         """
-        pipeline = [{"$match": {"operationType": {"$in": ["insert", "delete"]}}}]
-        async with self.db.watch(pipeline) as stream:
-            yield None
-            async for change in stream:
-                document = change.get("fullDocument", change["documentKey"])
-                yield change["ns"]["coll"], change["operationType"], document
+        watch = self.mongo.watch(PIPELINE, full_document="updateLookup")
+        async with watch as stream:
+            await self.create_indexes()  # each time: a restore may have removed them
+            yield (as_change(change) async for change in stream)
+
+    async def create_indexes(self) -> None:
+        """Let the database decide who owns a name: only it sees every sign-up."""
+        await self.create_unique_index(self.users, "name_key")
+        await self.create_unique_index(self.users, "email_key")
+        await self.create_unique_index(self.messages, "user_id", "nonce")
+        # Entries not renewed for 45 s belong to a dead process.
+        await self.processes.create_index("seen", expireAfterSeconds=45)
+
+    async def create_unique_index(self, collection, *fields: str) -> None:
+        """Make an index that passes over documents that are not ours.
+
+        The index of the first edition did not, so it goes.
+        """
+        with suppress(OperationFailure):
+            await collection.drop_index("_".join(f"{name}_1" for name in fields))
+        await collection.create_index(
+            [(name, 1) for name in fields],
+            name=f"unique {fields[-1]}",
+            unique=True,
+            partialFilterExpression={fields[-1]: {"$type": "string"}},
+        )
+
+
+# What the room needs, and no more: never a new user, which carries a password's hash.
+PIPELINE = [{"$match": {"$or": [
+    {"ns.coll": "messages", "operationType": {"$in": ["insert", "update", "replace"]}},
+    {"ns.coll": "processes", "operationType": {"$in": ["insert", "replace", "delete"]}},
+    {"ns.coll": "processes", "updateDescription.updatedFields.names": {"$exists": True}},
+    {"ns.coll": "users", "operationType": "delete"},
+    {"operationType": {"$in": ["drop", "rename", "dropDatabase", "invalidate"]}},
+]}}]  # fmt: skip
+
+
+def as_change(change: dict) -> Change:
+    """Take what we need out of MongoDB's change event. Raises StreamBroken."""
+    if "documentKey" not in change:
+        raise StreamBroken(f"{change['operationType']} of a collection")
+    document = change.get("fullDocument")  # None if it has been deleted since
+    return change["ns"]["coll"], change["documentKey"]["_id"], document
 
 
 class LocalDatabase(Database):
-    """Do the same for a single process, where the database has no streams."""
+    """The same for a single process, where the database has no stream of changes."""
 
-    def __init__(self, db, keep: int = 0) -> None:
-        super().__init__(db)
-        self.queue, self.keep = asyncio.Queue(), keep
+    shared = False
 
-    async def insert(self, collection, document: dict) -> None:
-        with self.doubt():
-            await super().insert(collection, document)
-        self.queue.put_nowait((collection.name, "insert", document))
-        # mongomock looks at every document for every query: let it have few of both.
-        if self.keep and collection is self.messages and document["_id"] % KEPT == 0:
-            old = {"_id": {"$lte": document["_id"] - self.keep}}
-            await super().delete(collection, old)
+    def __init__(self, mongo) -> None:
+        super().__init__(mongo)
+        self.queue = asyncio.Queue()
 
-    async def delete(self, collection, query: dict) -> None:
-        with self.doubt():
-            gone = await collection.find(query).to_list(length=None)
-            await super().delete(collection, query)
-        for document in gone:
-            self.queue.put_nowait((collection.name, "delete", document))
+    async def write(self, query: Awaitable, change: Change):
+        """Await a write and notify ourselves of the change.
 
-    @contextmanager
-    def doubt(self):
-        """Where no answer came it may be done or not: as if the stream had broken."""
+        A write that failed may still have happened, or land later: treat it as a
+        broken stream.
+        """
         try:
-            yield
+            result = await query
         except BaseException:
-            self.queue.put_nowait(None)
+            self.queue.put_nowait(StreamBroken("A write failed"))
             raise
+        self.queue.put_nowait(change)
+        return result
 
-    async def changes(self) -> AsyncIterator[tuple | None]:
-        yield None
+    @asynccontextmanager
+    async def changes(self) -> AsyncIterator[AsyncIterator[Change]]:
+        self.queue = asyncio.Queue()
+        await self.create_indexes()
+        yield self.read(self.queue)
+
+    async def read(self, queue: asyncio.Queue) -> AsyncIterator[Change]:
         while True:
-            yield await self.queue.get()
+            change = await queue.get()
+            if isinstance(change, StreamBroken):
+                raise change
+            yield change
+
+
+class MemoryDatabase(LocalDatabase):
+    """mongomock searches all documents for each query, so keep them few."""
+
+    async def write(self, query: Awaitable, change: Change):
+        result = await super().write(query, change)
+        collection, number, _ = change
+        if collection == "messages" and number % HISTORY_SIZE == 0:
+            await self.messages.delete_many({"_id": {"$lte": number - HISTORY_SIZE}})
+        return result
+
+    async def create_indexes(self) -> None:
+        """Make those for names only: receipts refuse a repeated message by themselves."""
+        await self.create_unique_index(self.users, "name_key")
+        await self.create_unique_index(self.users, "email_key")
 
 
 async def open_database(settings: Settings) -> Database:
-    """Connect and make the indexes. Raises WrongSetting, after 4 seconds at most."""
+    """Connect. Raises CannotStart, after 4 seconds at most."""
     if not settings.MONGO_HOST:
         print("MONGO_HOST is not set: accounts and messages live in memory only.")
-        db = AsyncMongoMockClient(tz_aware=True)[settings.MONGO_DB_NAME]
-        await create_indexes(db)
-        return LocalDatabase(db, keep=KEPT)
+        client = AsyncMongoMockClient(tz_aware=True)
+        return MemoryDatabase(client[settings.MONGO_DB_NAME])
     uri, client = settings.MONGO_HOST, None
     try:
         client = AsyncIOMotorClient(uri, **CLIENT_OPTIONS)
-        return await asyncio.wait_for(connect(client, settings.MONGO_DB_NAME), 3.5)
-    except (*UNAVAILABLE, ValueError) as error:
-        wanted = "a MongoDB URI, like mongodb://localhost:27017"
+        return await asyncio.wait_for(connect(client[settings.MONGO_DB_NAME]), 3.5)
+    except (*DATABASE_ERRORS, ValueError) as error:
+        problem = "must be a MongoDB URI, like mongodb://localhost:27017"
         if client:
-            wanted = f"the URI of a MongoDB that answers ({reason(error)})"
             client.close()
+            problem = f"cannot be used: {reason(error)}"
         uri = re.sub(r"//.*@", "//***@", uri).partition("?")[0]
-        raise WrongSetting("MONGO_HOST", uri, wanted) from None
+        raise CannotStart(f"MONGO_HOST {uri!r} {problem}") from None
 
 
 CLIENT_OPTIONS = {
     "tz_aware": True,
-    # Call stored only what survives the loss of a member, and read nothing else: or a
-    # failover could take back a number that somebody has already built upon.
+    # Call stored only what survives the loss of a member, and read nothing else.
+    # Otherwise a failover could take back a number that others have built upon.
     "w": "majority",
     "readConcernLevel": "majority",
     "readPreference": "primary",
-    # A thread waits for each query: let none wait on when its asker has given up.
+    # A foreign document must not fail to decode: it would end the stream for good.
+    "datetime_conversion": "DATETIME_AUTO",
+    "unicode_decode_error_handler": "replace",
+    # Motor holds a thread for each query: free it when nobody waits for it any more.
     "serverSelectionTimeoutMS": 3_000,
     "connectTimeoutMS": DEADLINE * 1_000,
     "socketTimeoutMS": DEADLINE * 1_000,
 }
 
 
-async def connect(client, name: str) -> Database:
-    db, hello = client[name], await client.admin.command("hello")
-    await create_indexes(db)
-    await db.messages.create_index([("user_id", 1), ("nonce", 1)], unique=True)
-    # Who is not renewed for 45 seconds was on a process that has died.
-    await db.online.create_index("seen", expireAfterSeconds=45)
+async def connect(mongo) -> Database:
+    hello = await mongo.client.admin.command("hello")
     if hello.keys() & {"setName", "msg"}:  # a replica set, or a router to several
-        return Database(db)
-    print("MongoDB is standalone: run one process only, or make it a replica set.")
-    await db.online.delete_many({})
-    return LocalDatabase(db)
-
-
-async def create_indexes(db) -> None:
-    """Let the database decide whose a name is: it alone sees everybody's sign-up."""
-    await db.users.create_index("name_key", unique=True)
-    await db.users.create_index("email_key", unique=True, sparse=True)
+        db = Database(mongo)
+    else:
+        print(
+            "MongoDB is standalone, so it notifies nobody of changes: run one process "
+            "only, and restart it after an operator's change. Better: a replica set."
+        )
+        db = LocalDatabase(mongo)
+    await db.create_indexes()  # here a conflict can still be reported and end the start
+    return db
 
 
 class Model:
@@ -396,6 +470,11 @@ class Model:
         self.db = db
 
 
+def pass_over(collection: str, key) -> None:
+    """Log that a document is not ours. Nothing else must happen because of it."""
+    log.warning("Passed over a foreign document in %s: %.80r", collection, key)
+
+
 # --- Users ---
 def fold(text: str) -> str:
     """Make all spellings one: `Ann`, `ann` and wide `ａｎｎ` are the same user."""
@@ -403,153 +482,191 @@ def fold(text: str) -> str:
 
 
 def hash_password(password: str) -> str:
-    """Hash with Argon2id (RFC 9106); 19 MiB and two passes are OWASP's least.
+    """Hash with Argon2id (RFC 9106), with the least that OWASP recommends.
 
-    It takes about 40 ms of one core, on purpose: see `in_turn`.
+    19 MiB and two passes: about 40 ms of one core, on purpose. See `in_hash_thread`.
     """
     salt = os.urandom(16)
     argon2 = Argon2id(salt=salt, length=32, iterations=2, lanes=1, memory_cost=19_456)
     return argon2.derive_phc_encoded(password.encode())
 
 
-def is_password(password: str, password_hash: str) -> bool:
+def verify_password(password: str, password_hash: str) -> bool:
     try:
         Argon2id.verify_phc_encoded(password.encode(), password_hash)
-    except InvalidKey:
+    except (InvalidKey, ValueError):  # the wrong one, or no hash at all
         return False
     return True
 
 
-# On Linux a thread has a niceness of its own; elsewhere it would be the whole chat's.
-NICE = {"initializer": os.nice, "initargs": (10,)} if sys.platform == "linux" else {}
-HASHING = ThreadPoolExecutor(max_workers=1, **NICE)
-
-
-def in_turn(function: Callable, *arguments) -> asyncio.Future:
-    """Hash in the one thread for it, so that a crowd signing in delays no message."""
-    return asyncio.get_running_loop().run_in_executor(HASHING, function, *arguments)
-
-
 class User(Model):
-    """Somebody who has an account."""
+    """A registered user: `_id`, `name`, perhaps `email`, `password` (its hash)."""
 
     async def get(self, user_id: ObjectId) -> dict | None:
-        return await answer(self.db.users.find_one({"_id": user_id}, ["name"]))
+        """Return `_id` and `name` only: a connection keeps them for hours."""
+        query = {"_id": user_id, "name": {"$type": "string"}}
+        return await with_deadline(self.db.users.find_one(query, ["name"]))
 
-    async def create(self, name: str, email: str, password: str) -> dict:
+    async def find(self, login: str) -> dict | None:
+        """Find a user by name or email, in any spelling, with the password's hash."""
+        query = {"email_key" if "@" in login else "name_key": fold(login)}
+        user = await with_deadline(self.db.users.find_one(query))
+        if user and not isinstance(user.get("password"), str):
+            return pass_over("users", user["_id"])
+        return user
+
+    async def create(self, name: str, email: str, password_hash: str) -> dict:
         """Store a new account. Raises DuplicateKeyError if name or email is taken."""
         user = {"_id": ObjectId(), "name": name, "name_key": fold(name)}
         if email:
             user |= {"email": email, "email_key": fold(email)}
-        user["password"] = await in_turn(hash_password, password)
-        await answer(self.db.users.insert_one(user))
+        user["password"] = password_hash
+        await with_deadline(self.db.users.insert_one(user))
         return user
 
-    async def check(self, login: str, password: str) -> dict | None:
-        """Return the user who has them; take as long to find that nobody has."""
-        query = {"email_key" if "@" in login else "name_key": fold(login)}
-        user = await answer(self.db.users.find_one(query))
-        if user is None:
-            await in_turn(hash_password, password)
-            return None
-        right = await in_turn(is_password, password, user["password"])
-        return user if right else None
+    async def delete(self, user_id: ObjectId) -> None:
+        """Delete an account. Its connections end, on every process."""
+        query = self.db.users.delete_one({"_id": user_id})
+        await with_deadline(self.db.write(query, ("users", user_id, None)))
+
+    async def existing(self, user_ids: list[ObjectId]) -> set[ObjectId]:
+        found = self.db.users.find({"_id": {"$in": user_ids}}, ["_id"])
+        return {user["_id"] for user in await with_deadline(found.to_list(None))}
 
 
 # --- Messages ---
+def is_message(document: dict) -> bool:
+    texts = (document.get(name) for name in ("user", "text", "nonce"))
+    return (
+        isinstance(document["_id"], int)  # not 2.0, which MongoDB calls equal to 2
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(document.get("time"), datetime)
+    )
+
+
 class Message(Model):
-    """What somebody said. The `_id` runs 1, 2, 3 … without a gap."""
+    """What a user said. The `_id` counts 1, 2, 3 … without a gap."""
 
-    async def save(self, last: int, user: dict, text: str, nonce: str) -> dict:
-        """Store a message under the number after `last`, or after a later one.
+    async def save(self, last: int, user: dict, text: str, nonce: str) -> int:
+        """Store a message under the number after `last`, or a later one; return it.
 
-        The sender may repeat a send that got no answer: the unique index on user and
-        nonce then refuses it, and what was stored the first time is returned.
+        Whoever inserts n + 1 has seen n, so the order of numbers is the order in which
+        MongoDB wrote them, and that is the order of the stream. If two writers collide,
+        the unique `_id` lets one win, and the other tries the next number.
+
+        A sender repeats a message that got no receipt. The unique index on user and
+        nonce refuses the repetition; then return the number it was stored under.
         """
+        number = last + 1
         while True:
             message = {
-                "_id": last + 1,
+                "_id": number,
                 "user_id": user["_id"],
                 "user": user["name"],
                 "text": text,
-                "time": datetime.now(UTC),
+                "time": datetime.now(timezone.utc),
                 "nonce": nonce,
             }
             try:
-                await self.db.insert(self.db.messages, message)
-                return message
+                query = self.db.messages.insert_one(message)
+                await self.db.write(query, ("messages", number, message))
+                return number
             except DuplicateKeyError:
                 sent = {"user_id": user["_id"], "nonce": nonce}
                 if stored := await self.db.messages.find_one(sent):
-                    return stored
-                # Another process was faster. Its number is the one to count from.
-                last = (await self.newest(1))[-1]["_id"]
+                    return stored["_id"]
+                newest = await self.newest(1)  # or a foreign document is in the way
+                number = max(number, *(found["_id"] for found in newest)) + 1
 
-    async def newest(self, count: int, after: int = 0, before: int = 1 << 53) -> list:
-        """Return up to `count` messages with after < number < before, oldest first."""
-        query = {"_id": {"$gt": after, "$lt": before}}
+    async def newest(self, count: int, before: int = 1 << 53) -> list[dict]:
+        """Return up to `count` messages with a number below `before`, oldest first."""
+        query = {"_id": {"$gt": 0, "$lt": before}, "nonce": {"$type": "string"}}
         found = self.db.messages.find(query).sort("_id", -1).limit(count)
-        return (await answer(found.to_list(length=count)))[::-1]
+        documents = await with_deadline(found.to_list(None))
+        return [document for document in reversed(documents) if is_message(document)]
+
+    async def blank(self, number: int) -> None:
+        """Take a message back: its text goes, its number stays. Never delete one."""
+        found = await with_deadline(self.db.messages.find_one({"_id": number}))
+        if found:
+            query = self.db.messages.update_one({"_id": number}, {"$set": {"text": ""}})
+            change = "messages", number, found | {"text": ""}
+            await with_deadline(self.db.write(query, change))
+
+    async def look_for_foreign(self) -> None:
+        """Log one foreign document, if there is one after the newest message."""
+        found = self.db.messages.find().sort("_id", -1).limit(1)
+        for document in await with_deadline(found.to_list(None)):
+            if not is_message(document):
+                pass_over("messages", document["_id"])
 
 
-# --- Who is online ---
+# --- Presence ---
 class Presence(Model):
-    """Who is online: one document a connection, marked with its process.
+    """Who is online: one document per process, with the names of its people.
 
-    MongoDB drops what is not renewed, so people of a killed process leave as well.
+    MongoDB stamps it and removes it when it is old, so only one clock counts.
     """
 
-    def __init__(self, db: Database) -> None:
-        super().__init__(db)
-        self.process = ObjectId()
+    async def write(self, process: ObjectId, names: list[str]) -> None:
+        update = {"$set": {"names": names}, "$currentDate": {"seen": True}}
+        query = self.db.processes.update_one({"_id": process}, update, upsert=True)
+        document = {"_id": process, "names": names}
+        change = "processes", process, document
+        await with_deadline(self.db.write(query, change))
 
-    async def enter(self, connection_id: ObjectId, name: str) -> None:
-        document = {"_id": connection_id, "user": name, "process": self.process}
-        document["seen"] = datetime.now(UTC)
-        await answer(self.db.insert(self.db.online, document))
+    async def remove(self, process: ObjectId) -> None:
+        await with_deadline(self.db.processes.delete_one({"_id": process}))
 
-    async def leave(self, connection_ids: Iterable[ObjectId]) -> None:
-        query = {"_id": {"$in": list(connection_ids)}}
-        await answer(self.db.delete(self.db.online, query))
-
-    async def leave_all(self) -> None:
-        await answer(self.db.delete(self.db.online, {"process": self.process}))
-
-    async def everybody(self) -> dict[ObjectId, str]:
-        found = await answer(self.db.online.find().to_list(length=None))
-        return {document["_id"]: document["user"] for document in found}
-
-    async def renew(self, names: dict[ObjectId, str]) -> None:
-        """Say that these connections are still there, and put back what is missing."""
-        query = {"_id": {"$in": list(names)}}
-        seen = {"$set": {"seen": datetime.now(UTC)}}
-        result = await answer(self.db.online.update_many(query, seen))
-        if result.matched_count < len(names):
-            for connection_id in names.keys() - (await self.everybody()).keys():
-                await self.enter(connection_id, names[connection_id])
+    async def all(self) -> list[dict]:
+        return await with_deadline(self.db.processes.find().to_list(None))
 
 
 # ------------------------------------------------------------------------------
 # 4. Views
 #
-# A class a page, a method an HTTP verb. A POST that worked answers with a redirect
-# (303), so that a reload does not send it again; one that did not comes back with
-# what was typed and, beside the field, what is wrong. No page needs JavaScript
-# but the chat itself.
+# One class per page, one method per HTTP verb. A POST that worked answers with a
+# redirect (303), so that a reload does not send it again. If it failed, the form comes
+# back with your input and an error beside each bad field. No page needs JavaScript
+# except the chat itself.
 # ------------------------------------------------------------------------------
 PAGE = 50  # messages
+LONGEST_FIELD = 254  # characters: an email address has no more (RFC 5321)
+HASH_WAIT = 2.5  # seconds that a password waits for the others before it
 MALFORMED = (HttpProcessingError, web.RequestPayloadError)
+WHY = {
+    "cookie": "Your browser did not keep the cookie that signs you in. Allow cookies for "
+    "this address, or open the chat in a window of its own.",
+    "ended": "Your session has ended: you signed out or signed in again in another tab, "
+    "or the account is gone.",
+}
+
+# Characters that end a web address: brackets, quotes, spaces, controls, and the
+# punctuation of typography and of East Asian scripts. Round brackets may enclose a part.
+ENDS = r"()\s\x00-\x20\x7f-\xa0\u2000-\u206f\u3000-\u303f\ufeff\uff01-\uff0f<>\x22\x60"
+LINK = re.compile(rf"([Hh]ttps?://(?:[^{ENDS}]|\([^{ENDS}]*\))+(?<![.,:;!?'*_~|\]»]))")
+ANCHOR = Markup(
+    '<a href="{0}" target="_blank" rel="noopener noreferrer nofollow">{0}</a>'
+)
+
+
+def links(text: str) -> Markup:
+    """Escape a text as HTML and make its web addresses links, as chat.js does."""
+    parts = LINK.split(text)  # every second one is an address
+    return Markup().join(
+        ANCHOR.format(part) if index % 2 else part for index, part in enumerate(parts)
+    )
 
 
 class TokenBucket:
-    """Let `burst` through at once, after that `rate` a second."""
+    """Let `burst` through at once, after that `rate` per second."""
 
     def __init__(self, rate: float, burst: int) -> None:
         self.rate, self.burst = rate, burst
         self.tokens, self.time = float(burst), time.monotonic()
 
     def take(self) -> float:
-        """Take a token and return 0; if there is none, the seconds until there is."""
+        """Take a token and return 0; if there is none, return the seconds until then."""
         now = time.monotonic()
         self.tokens += (now - self.time) * self.rate
         self.tokens, self.time = min(self.tokens, self.burst), now
@@ -559,37 +676,34 @@ class TokenBucket:
         return 0
 
 
-def make_throttle(per_minute: int) -> Callable:
-    """Return a function that gives an address and a login their bucket.
+def make_buckets(rate: float, burst: int) -> Callable:
+    """Return a function that returns the bucket of its arguments, the same each time."""
 
-    Known limits: every process has its own, and behind a proxy all have one address.
-    """
-
-    @functools.lru_cache(maxsize=10_000)  # then the longest idle bucket is forgotten
-    def bucket(address: str | None, login: str) -> TokenBucket:
-        return TokenBucket(per_minute / 60, per_minute)
+    @functools.lru_cache(maxsize=10_000)  # beyond that, forget the longest unused
+    def bucket(*key) -> TokenBucket:
+        return TokenBucket(rate, burst)
 
     return bucket
 
 
-class RoomView(web.View):
-    """A view of the room. Several rooms would be told apart here."""
+class Page(web.View):
+    """A page answers HEAD wherever it answers GET (RFC 9110, 9.1)."""
 
-    @property
-    def room(self) -> "Room":
-        return self.request.app[ROOM]
+    async def head(self) -> web.StreamResponse:
+        return await self.get()
 
 
-class ChatList(RoomView):
-    """Show the newest messages, or with `?before=17` the ones before number 17."""
+class ChatList(Page):
+    """Show the newest messages, or with `?before=17` those before number 17."""
 
     @aiohttp_jinja2.template("chat.html")
     async def get(self) -> dict:
         before = read_number(self.request, "before")
-        messages = list(self.room.recent)[-PAGE:]
-        if before is not None:
-            messages = await Message(self.request[DB]).newest(PAGE, before=before)
-            messages = [to_event(message) for message in messages]
+        if before is None:
+            messages = self.request.app[ROOM].history.newest(PAGE)
+        else:
+            found = await Message(self.request[DB]).newest(PAGE, before)
+            messages = [to_event(message) for message in found]
         return {
             "user": self.request[USER]["name"],
             "messages": messages,
@@ -609,58 +723,129 @@ def read_number(request: web.Request, name: str) -> int | None:
     return int(text)
 
 
-class Invalid(Exception):
-    """Carry what is wrong with a form: a sentence by field name."""
+class FormError(Exception):
+    """What is wrong with a form: a sentence per field, a status, seconds to wait."""
+
+    def __init__(self, errors: dict[str, str], status=422, retry_after=0) -> None:
+        self.errors, self.status = errors, status
+        self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
 
 
-class Form(web.View):
-    """Show a form, take it, and sign in the user whom `submit` makes of it.
+class Form(Page):
+    """Show a form, read it, and sign in the user that `submit` returns.
 
-    A form of its own has a `template`, and a `submit` that may raise Invalid.
+    Subclasses define `template` and `submit`, which may raise FormError.
     """
 
     async def get(self) -> web.Response:
         if self.request[USER]:
-            raise web.HTTPSeeOther(url(self.request, "main"))
-        return self.page({}, {})
+            raise web.HTTPSeeOther(path_for(self.request, "main"))
+        return self.page({}, FormError({}, status=200))
 
     async def post(self) -> web.Response:
-        form = await read_form(self.request)
-        bucket = self.request.app[THROTTLE](self.request.remote, fold(form["login"]))
-        if wait := bucket.take():
-            seconds = int(wait) + 1
-            errors = {"login": f"Too many attempts. Try again in {seconds} seconds."}
-            headers = {"Retry-After": str(seconds)}
-            return self.page(form, errors, status=429, headers=headers)
+        form, errors = await read_form(self.request)
         try:
+            if errors:
+                raise FormError(errors)
             user = await self.submit(form)
-        except Invalid as invalid:
-            return self.page(form, invalid.args[0], status=422)
+        except FormError as error:
+            return self.page(form, error)
         session = await new_session(self.request)
-        session["user"] = str(user["_id"])  # not the name: another may have it later
-        raise web.HTTPSeeOther(url(self.request, "main"))
+        session["user"] = str(user["_id"])  # not the name: it may get another owner
+        raise web.HTTPSeeOther(path_for(self.request, "main"))
 
-    def page(self, form, errors, status=200, headers=None) -> web.Response:
-        context = {"form": form, "errors": errors}
+    def page(self, form: dict[str, str], error: FormError) -> web.Response:
+        why = WHY.get(self.request.query.get("why"))
+        context = {"form": form, "errors": error.errors, "why": why}
         page = aiohttp_jinja2.render_template(
-            self.template, self.request, context, status=status
+            self.template, self.request, context, status=error.status
         )
-        page.headers.update(headers or {})
+        page.headers.update(error.headers)
         return page
 
+    async def authenticate(self, form: dict[str, str]) -> dict | None:
+        """Return the user with this login and password. Raises FormError.
 
-async def read_form(request: web.Request) -> dict[str, str]:
-    """Return the fields that our forms have. Raises HTTPBadRequest if it is no form."""
+        Attempts count per account, so that another spelling of its name is not another
+        allowance. And take equally long when no user matches.
+        """
+        user = await User(self.request[DB]).find(form["login"])
+        self.throttle(user["_id"] if user else fold(form["login"]))
+        if user is None:
+            await self.in_hash_thread(hash_password, form["password"])
+            return None
+        arguments = form["password"], user["password"]
+        return user if await self.in_hash_thread(verify_password, *arguments) else None
+
+    def throttle(self, account) -> None:
+        """Count an attempt. Known limit: behind a proxy all have one address."""
+        key = network(self.request.remote or ""), account
+        if wait := self.request.app[THROTTLE](*key).take():
+            seconds = int(wait) + 1
+            sentence = f"Too many attempts. Try again in {seconds} seconds."
+            raise FormError({"login": sentence}, 429, seconds)
+
+    async def in_hash_thread(self, function: Callable, *arguments):
+        """Hash in a dedicated thread, so that a crowd signing in delays no message.
+
+        One at a time, and with a bound: if the others take HASH_WAIT seconds, give up
+        (FormError, 503). Don't hash for a client that has hung up meanwhile.
+        """
+        turn, busy = self.request.app[HASH_TURN], "Too many people sign in right now."
+        try:
+            async with asyncio.timeout(HASH_WAIT):
+                await turn.acquire()
+        except TimeoutError:
+            errors = {"login": f"{busy} Try again in a few seconds."}
+            raise FormError(errors, 503, retry_after=3) from None
+        try:
+            if self.request.transport is None:
+                raise FormError({"login": busy}, 503)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(HASH_THREAD, function, *arguments)
+        finally:
+            turn.release()
+
+
+# On Linux a thread has its own niceness; elsewhere it would apply to the whole chat.
+NICE = {"initializer": os.nice, "initargs": (10,)} if sys.platform == "linux" else {}
+HASH_THREAD = ThreadPoolExecutor(max_workers=1, **NICE)
+
+
+def network(address: str) -> str:
+    """Return whose address it is: a home has 2**64 IPv6 addresses, so take the /64."""
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+
+
+async def read_form(request: web.Request) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the text of each field, and a sentence for each that is too long.
+
+    Texts are in one normal form (NFC), names without spaces around them. Lengths come
+    first: to normalize 16 KB of combining marks takes 112 ms. Raises HTTPBadRequest if
+    this is no form of ours, HTTPRequestTimeout if it trickles in.
+    """
+    charset = (request.charset or "utf-8").lower()  # other codecs may be slow or absent
+    if (request.content_type, charset) != (
+        "application/x-www-form-urlencoded",
+        "utf-8",
+    ):
+        raise web.HTTPBadRequest(text="The form could not be read.")
     try:
-        if request.content_type != "application/x-www-form-urlencoded":
-            raise ValueError(request.content_type)
-        data = await request.post()
-        names = "login", "email", "password", "password2"
-        form = {name: data.get(name, "") for name in names}
-        "".join(form.values()).encode()  # half a surrogate pair could not be stored
-        return form
-    except (ValueError, LookupError, *MALFORMED):
+        data = await with_deadline(request.post())
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text="The form took too long.") from None
+    except (ValueError, *MALFORMED):
         raise web.HTTPBadRequest(text="The form could not be read.") from None
+    form, errors = {}, {}
+    for name in ("login", "email", "password", "password2"):
+        form[name] = data.get(name, "")
+        if len(form[name]) > LONGEST_FIELD:
+            form[name] = ""
+            errors[name] = f"This field takes at most {LONGEST_FIELD} characters."
+        form[name] = unicodedata.normalize("NFC", form[name])
+    return form | {name: form[name].strip() for name in ("login", "email")}, errors
 
 
 class Login(Form):
@@ -669,310 +854,537 @@ class Login(Form):
     template = "login.html"
 
     async def submit(self, form: dict[str, str]) -> dict:
-        users = User(self.request[DB])
-        if user := await users.check(form["login"].strip(), form["password"]):
+        if user := await self.authenticate(form):
             return user
-        raise Invalid({"login": "No account has this name or email and this password."})
+        sentence = "No account has this name or email and this password."
+        raise FormError({"login": sentence})
 
 
 class SignIn(Form):
-    """Create an account."""
+    """Create an account. (The 2016 article calls this page "sign in".)"""
 
     template = "signin.html"
 
     async def submit(self, form: dict[str, str]) -> dict:
-        name = unicodedata.normalize("NFKC", form["login"].strip())
-        email, users = form["email"].strip(), User(self.request[DB])
-        if errors := dict(find_errors(name, email, form)):
-            raise Invalid(errors)
+        if errors := dict(find_errors(form)):
+            raise FormError(errors)
+        name = USERNAME.enforce(form["login"])
+        self.throttle(fold(name))
+        password_hash = await self.in_hash_thread(hash_password, form["password"])
         try:
-            return await users.create(name, email, form["password"])
+            return await User(self.request[DB]).create(
+                name, form["email"], password_hash
+            )
         except DuplicateKeyError as error:
+            if user := await self.second_click(form):
+                return user
             index = error.details.get("keyPattern") or str(error)
-            field = "email" if "email_key" in index else "login"
-            raise Invalid({field: "Somebody has this already."}) from None
+            taken = "email" if "email_key" in index else "login"
+            raise FormError({taken: "Somebody has this already."}) from None
+
+    async def second_click(self, form: dict[str, str]) -> dict | None:
+        """Return the user that the same form has created a moment ago."""
+        user = await User(self.request[DB]).find(form["login"])
+        created = (
+            user and isinstance(user["_id"], ObjectId) and user["_id"].generation_time
+        )
+        if created and datetime.now(timezone.utc) - created < timedelta(minutes=1):
+            return await self.authenticate(form)
+        return None
 
 
-# Letters that show as nothing: with them one name could look like another.
-INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f]")
+# RFC 8265: no invisible letters, compatibility forms or mixed directions.
+USERNAME = get_profile("UsernameCasePreserved")
 
 
-def find_errors(name: str, email: str, form: dict[str, str]):
+def find_errors(form: dict[str, str]):
     """Yield (field, sentence) for everything a new account must not have."""
-    letters = all(c in "_-" or unicodedata.category(c)[0] in "LMN" for c in name)
-    if not (letters and 3 <= len(name) <= 32) or INVISIBLE.search(name):
+    email, password = form["email"], form["password"]
+    if not is_name(form["login"]):
         yield "login", "A name has 3 to 32 letters, digits, _ or -."
     if email and not (re.fullmatch(r"[^@\s]+@[^@\s]+", email) and email.isprintable()):
         yield "email", "This is not an email address. You may leave it empty."
-    if len(email) > 254:
-        yield "email", "An email address has at most 254 characters."
-    if not 8 <= len(form["password"]) <= 128:
+    if not 8 <= len(password) <= 128:
         yield "password", "A password has 8 to 128 characters."
-    if form["password"] != form["password2"]:
+    if password != form["password2"]:
         yield "password2", "The two passwords are not the same."
 
 
+def is_name(text: str) -> bool:
+    """Accept PRECIS usernames of letters, digits, _ and -, with at most two marks a row.
+
+    PRECIS alone takes `<b>ann</b>`, and 32 marks that cover the lines around them.
+    """
+    try:
+        name = USERNAME.enforce(text)
+    except UnicodeEncodeError:  # how the library says no
+        return False
+    kinds = ("L" if c in "_-" else unicodedata.category(c)[0] for c in name)
+    return bool(re.fullmatch(r"(?!M|.*MMM)[LMN]{3,32}", "".join(kinds)))
+
+
 class SignOut(web.View):
-    """End the session. Other tabs talk on until they reload: no cookie is revoked."""
+    """End the session of this browser. No cookie of another device is revoked."""
 
     async def post(self) -> web.Response:
         (await get_session(self.request)).invalidate()
-        raise web.HTTPSeeOther(url(self.request, "login"))
+        raise web.HTTPSeeOther(path_for(self.request, "login"))
 
 
 # ------------------------------------------------------------------------------
 # 5. WebSocket
 #
-# One message in, one for everybody out. The handler below stores what comes in; the
-# room hears of it from the database, like every other process, and broadcasts it.
-# Look for three promises: nothing is lost (replay, receipts), nothing comes twice
-# (numbers), and nobody waits for anybody (broadcast).
+# One message, from key to screen:
+#
+#  browser              process A              MongoDB              process B    browser
+#    │ message (nonce) ──▶ │ insert number n + 1 ─▶ │                     │            │
+#    │ ◀── receipt (n + 1) │ ◀─────────────────────── │                     │            │
+#    │                     │ ◀────── change ──────── │ ────── change ─────▶ │            │
+#    │ ◀── message n + 1   │ broadcast               │           broadcast │ ─────────▶ │
+#
+# 1. Whoever inserts n + 1 has seen n. So numbers have no gap, and their order is the
+#    order of the stream, on every process.
+# 2. A message is broadcast only when it comes back as a change. So no one sees what is
+#    not stored.
+# 3. If no receipt comes, the sender sends the same nonce again. It is stored once.
+# 4. A reader that comes back says the last number it has, and what it missed is
+#    replayed. A gap is visible to anyone who can count.
 # ------------------------------------------------------------------------------
-HEARTBEAT = 30  # seconds between pings; proxies cut what is idle for 60
-ABSENCE = 2  # seconds until a connection that closed counts as gone: not a reload
-RENEWAL = 15  # seconds between two renewals of presence
-TURNS = 6  # of the event loop from a batch's first frame to its flush; 1 costs double
+PING = 30  # seconds; a connection that does not answer in half of that is cut
+HEARTBEAT = 20  # seconds between events that tell a page its connection is alive
+GRACE = 2  # seconds for which a name that has gone still counts: time for a reload
+PRESENCE_PAUSE = 0.5  # seconds between two writes of presence, when names change
+RENEWAL = 15  # seconds between two writes of presence, when they do not
+TURNS = 6  # of the event loop from a batch's first frame to its flush
 
 ERRORS = {
     "bad_event": "The server did not understand this.",
     "empty": "A message needs some text.",
     "too_long": "This message is too long.",
-    "too_fast": "Too many messages at once. Please slow down.",
-    "not_saved": "The message could not be saved. Please send it again.",
+    "not_saved": "The message could not be saved yet. The page keeps trying.",
 }
 
 
 def to_event(message: dict) -> dict:
     """Make the event of a stored message."""
-    event = {"type": "message", "id": message["_id"]}
-    event |= {key: message[key] for key in ("user", "text", "time", "nonce")}
     moment = message["time"].isoformat(timespec="milliseconds")
-    return event | {"time": moment.replace("+00:00", "Z")}
+    return {
+        "type": "message",
+        "id": message["_id"],
+        "user": message["user"],
+        "text": message["text"],
+        "time": moment.replace("+00:00", "Z"),
+        "nonce": message["nonce"],
+    }
 
 
 def encode_frame(event: dict) -> bytes:
-    """Make a whole text frame (RFC 6455, 5.2), up to 64 KiB, which no event exceeds.
+    """Make a whole text frame (RFC 6455, 5.2).
 
-    What a server sends is not masked: the same bytes are right for every reader.
+    A server does not mask its frames, so the same bytes are right for every reader.
     """
-    payload = json.dumps(event, ensure_ascii=False).encode()
-    if len(payload) < 126:
-        return struct.pack("!BB", 0x81, len(payload)) + payload
-    return struct.pack("!BBH", 0x81, 126, len(payload)) + payload
+    try:
+        payload = json.dumps(event, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, in a nonce that we give back
+        payload = json.dumps(event).encode()
+    length = len(payload)
+    if length < 126:
+        return struct.pack("!BB", 0x81, length) + payload
+    if length < 1 << 16:
+        return struct.pack("!BBH", 0x81, 126, length) + payload
+    return struct.pack("!BBQ", 0x81, 127, length) + payload
 
 
-@dataclass(eq=False)
+class History:
+    """The newest messages, as events by number, without a gap; and their receipts."""
+
+    def __init__(self) -> None:
+        self.events: dict[int, dict] = {}
+        self.receipts: dict[tuple[ObjectId, str], int] = {}  # by user and nonce
+        self.last_broadcast = 0  # the newest number in `events`, which all have heard
+        self.last_stored = (
+            0  # the newest number stored here; the stream may still owe it
+        )
+
+    def load(self, messages: list[dict]) -> list[dict]:
+        """Replace everything by what is stored, and return the events that differ.
+
+        A number without a message, because a foreign document takes its place or an
+        operator deleted it, becomes a removed message: no page ever sees a gap.
+        """
+        known, self.events = self.events, {}
+        stored = {message["_id"]: to_event(message) for message in messages}
+        last = max(stored, default=0)
+        event = stored.get(last)
+        for number in range(
+            max(min(stored, default=1), last - HISTORY_SIZE + 1), last + 1
+        ):
+            event = stored.get(number) or removed(event, number)
+            self.events[number] = event
+        self.receipts = {(m.get("user_id"), m["nonce"]): m["_id"] for m in messages}
+        self.last_broadcast = self.last_stored = last
+        return [
+            event for event in self.events.values() if known.get(event["id"]) != event
+        ]
+
+    def add(self, message: dict) -> dict | None:
+        """Take a message from the stream. Return its event, or None if it is known.
+
+        A number further ahead means that we missed one. Raises StreamBroken.
+        """
+        event, number = to_event(message), message["_id"]
+        if number > self.last_broadcast + 1:
+            raise StreamBroken(f"Message {number} came after {self.last_broadcast}")
+        if self.events.get(number) == event:
+            return None
+        if number > self.last_broadcast:
+            self.last_broadcast = number
+            self.events[number] = event
+            self.events.pop(number - HISTORY_SIZE, None)
+            self.remember(message.get("user_id"), event["nonce"], number)
+        elif number in self.events:  # an operator has taken it back
+            self.events[number] = event
+        return event
+
+    def remember(self, user_id: ObjectId, nonce: str, number: int) -> None:
+        self.receipts[user_id, nonce] = number
+        if len(self.receipts) > HISTORY_SIZE:
+            del self.receipts[next(iter(self.receipts))]  # the oldest
+
+    def newest(self, count: int) -> list[dict]:
+        return list(self.events.values())[-count:]
+
+    def after(self, number: int) -> list[dict]:
+        return [event for event in self.events.values() if event["id"] > number]
+
+    def removed(self) -> list[dict]:
+        return [event for event in self.events.values() if not event["text"]]
+
+
+def removed(event: dict, number: int) -> dict:
+    """Make the event of a number without a message, beside the event before it."""
+    return event | {"id": number, "user": "", "text": "", "nonce": ""}
+
+
+class Online:
+    """Who is online: the union of the names that all processes have written.
+
+    A name that has gone counts for GRACE seconds more, whatever the reason. That is one
+    rule for a reload, a move to another process, a restart, and an outage.
+    """
+
+    def __init__(self) -> None:
+        self.processes: dict[object, set[str]] = {}
+        self.names: set[str] = set()  # who has been announced
+        self.missing: dict[str, float] = {}  # those that no process has, since when
+
+    def changes(self) -> list[dict]:
+        """Compare the union with what was announced; return `joined` and `left`."""
+        now, present = time.monotonic(), set().union(*self.processes.values())
+        joined = sorted(present - self.names)
+        since = {name: self.missing.get(name, now) for name in self.names - present}
+        left = sorted(name for name, then in since.items() if now - then >= GRACE)
+        self.missing = {name: since[name] for name in since.keys() - set(left)}
+        self.names = present | self.missing.keys()
+        events = [{"type": "joined", "user": name} for name in joined]
+        return events + [{"type": "left", "user": name} for name in left]
+
+
+@dataclass(eq=False, slots=True)
 class Connection:
-    """One open WebSocket of a user."""
+    """One open WebSocket of a user. It is live once it hears what is broadcast."""
 
     ws: web.WebSocketResponse
     transport: asyncio.Transport
     user: dict
-    id: ObjectId = field(default_factory=ObjectId)
-    skip: int = 0  # bytes of the next flush that it has already got, replayed
+    live: bool = False
+    frames: list[bytes] = field(default_factory=list)  # for this connection only
+
+    def write(self, batch: bytes, limit: int) -> None:
+        """Write without waiting. Cut off a reader that leaves `limit` bytes unread.
+
+        It gets everything when it comes back.
+        """
+        if self.frames:
+            batch, self.frames = b"".join(self.frames) + batch, []
+        if self.transport.get_write_buffer_size() > limit:
+            self.transport.abort()
+        elif not (self.ws.closed or self.transport.is_closing()):
+            self.transport.write(batch)  # nothing may follow a close frame
 
 
 class Room:
-    """Know who is here and what was said last, and tell everybody what changes."""
+    """All connections of this process: join, post, broadcast."""
 
     def __init__(self, db: Database, settings: Settings) -> None:
-        self.db, self.settings, self.presence = db, settings, Presence(db)
-        self.connections: dict[ObjectId, Connection] = {}  # of this process
-        self.gone: dict[ObjectId, float] = {}  # closed connections, and when they did
-        self.online: dict[ObjectId, str] = {}  # names, by connection, on all processes
-        self.recent: deque[dict] = deque()  # the newest KEPT messages, as events
-        self.receipts: dict[tuple[str, str], dict] = {}  # those by user and nonce
-        self.last = self.claimed = 0  # newest number that was broadcast; that is taken
+        self.db, self.settings = db, settings
+        self.history, self.online = History(), Online()
+        self.connections: set[Connection] = set()
+        self.deleted: set[ObjectId] = set()  # accounts, since the start
+        self.bucket = make_buckets(settings.MESSAGES_PER_SECOND, settings.MESSAGE_BURST)
         self.saving = asyncio.Lock()
-        self.frames: list[bytes] = []  # waiting for the next flush
-        self.caught_up = asyncio.Event()
+        self.frames: list[bytes] = []  # for everyone, at the next flush
+        self.receivers: set[Connection] = set()  # those with frames of their own
+        self.people_changed = asyncio.Event()
+        self.flush_is_due = False
 
-    # --- What the database tells ---
-    async def follow(self) -> None:
-        """Turn changes into broadcasts, for ever. A broken stream is opened again."""
-        while True:
-            try:
-                async for change in self.db.changes():
-                    if change is None:
-                        await self.catch_up()
-                    else:
-                        self.apply(*change)
-            except UNAVAILABLE as error:
-                log.warning("The stream of changes broke: %s", reason(error))
-            await asyncio.sleep(1)
+    # --- Entering and leaving ---
+    def register(self, connection: Connection) -> None:
+        """Count a connection in before it is open. Raises HTTPTooManyRequests.
 
-    async def catch_up(self) -> None:
-        """Read what the stream cannot tell: what changed before it was open.
-
-        What changed since will come twice; messages are known by their number then,
-        connections by their id.
+        Don't await between looking at the limit and adding: two handshakes at once
+        would both find the last free place.
         """
-        for message in await Message(self.db).newest(KEPT, after=self.last):
-            self.add_message(message)
-        online = await self.presence.everybody()
-        for connection_id in self.online.keys() - online.keys():
-            self.remove_online(connection_id)
-        for connection_id, name in online.items():
-            self.add_online(connection_id, name)
-        self.caught_up.set()
+        if connection.user["_id"] in self.deleted:
+            raise web.HTTPForbidden(text="This account has been deleted.")
+        limit = self.settings.CONNECTIONS_PER_PERSON
+        if len(self.of(connection.user["_id"])) >= limit:
+            text = (
+                f"You have {limit} windows of the chat open. Close one of them first."
+            )
+            raise web.HTTPTooManyRequests(text=text, headers={"Retry-After": "5"})
+        self.connections.add(connection)
 
-    def apply(self, collection: str, operation: str, document: dict) -> None:
-        match collection, operation:
-            case "messages", "insert":
-                self.add_message(document)
-            case "online", "insert":
-                self.add_online(document["_id"], document["user"])
-            case "online", "delete":
-                self.remove_online(document["_id"])
+    def of(self, user_id: ObjectId) -> list[Connection]:
+        return [c for c in self.connections if c.user["_id"] == user_id]
 
-    def add_message(self, message: dict) -> None:
-        if message["_id"] <= self.last:
-            return
-        event = to_event(message)
-        self.recent.append(event)
-        self.receipts[event["user"], event["nonce"]] = event
-        if len(self.recent) > KEPT:
-            oldest = self.recent.popleft()
-            self.receipts.pop((oldest["user"], oldest["nonce"]), None)
-        self.last = event["id"]
-        self.broadcast(event)
+    async def replay(self, connection: Connection, after: int | None) -> None:
+        """Send what came after a number, at the reader's pace, until nothing is left."""
+        while after is not None and after < self.history.last_broadcast:
+            for event in self.history.after(after):
+                await connection.ws.send_json(event)
+                after = event["id"]
 
-    def add_online(self, connection_id: ObjectId, name: str) -> None:
-        if name not in self.online.values():
-            self.broadcast({"type": "joined", "user": name})
-        self.online[connection_id] = name
+    def join(self, connection: Connection) -> None:
+        """Make a connection live. It has just been sent all that was broadcast.
 
-    def remove_online(self, connection_id: ObjectId) -> None:
-        name = self.online.pop(connection_id, None)
-        if name and name not in self.online.values():
-            self.broadcast({"type": "left", "user": name})
+        Don't await between the end of the replay and `live`, or it would miss what is
+        broadcast meanwhile. Flush first: what waits for the flush has been replayed. And
+        repeat what is removed: that may have happened after its replay.
+        """
+        self.flush()
+        connection.live = True
+        for event in self.history.removed():
+            self.send(connection, event)
+        name = connection.user["name"]
+        online, last = sorted(self.online.names | {name}), self.history.last_broadcast
+        welcome = {"type": "welcome", "user": name, "online": online, "last": last}
+        self.send(connection, welcome)
+        self.people_changed.set()
 
-    # --- What everybody hears ---
+    def leave(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        self.people_changed.set()
+
+    def names(self) -> list[str]:
+        """Return the names of the people whose connections are live."""
+        return sorted({c.user["name"] for c in self.connections if c.live})
+
+    # --- Messages in ---
+    async def post(self, user: dict, text: str, nonce: str) -> int:
+        """Store a message and return its number; a repeated one keeps its number.
+
+        Raises DATABASE_ERRORS: then it may be stored or not, and the sender finds out
+        by sending it again with the same nonce.
+        """
+        async with self.saving:  # two at once would only compete for the number
+            history = self.history
+            if number := history.receipts.get((user["_id"], nonce)):
+                return number
+            last = max(history.last_broadcast, history.last_stored)
+            number = await Message(self.db).save(last, user, text, nonce)
+            # Remember it now and not at the broadcast: a repetition may come before.
+            history.remember(user["_id"], nonce, number)
+            history.last_stored = max(history.last_stored, number)
+            return number
+
+    # --- Events out ---
     def broadcast(self, event: dict) -> None:
-        """Send an event to all connections, soon, and wait for none of them.
+        """Send an event to all live connections, soon, without waiting for any of them.
 
-        A system call costs about 5 microseconds, the rest of a delivery less than one.
-        So a frame is encoded once for all, waits some turns of the event loop for those
-        that are about to come, and they leave together: one write a connection.
-        Measured: 8 µs a delivery alone, 0.25 under load; a turn takes microseconds.
+        A system call costs about 5 µs, the rest of a delivery less than one. So encode a
+        frame once for all, and let it wait for those that are about to come; then they
+        are sent together, one write per connection.
         """
         self.frames.append(encode_frame(event))
-        if len(self.frames) == 1:
+        self.schedule_flush()
+
+    def send(self, connection: Connection, event: dict) -> None:
+        """Send an event to one connection, with the next flush."""
+        connection.frames.append(encode_frame(event))
+        self.receivers.add(connection)
+        self.schedule_flush()
+
+    def schedule_flush(self) -> None:
+        if not self.flush_is_due:
+            self.flush_is_due = True
             self.flush_in(TURNS)
 
     def flush_in(self, turns: int) -> None:
         later = asyncio.get_running_loop().call_soon
-        later(self.flush_in, turns - 1) if turns > 1 else later(self.flush)
+        later(self.flush_in, turns - 1) if turns else self.flush()
 
     def flush(self) -> None:
         batch, limit = b"".join(self.frames), self.settings.MAX_UNSENT_BYTES
+        for connection in self.connections if batch else self.receivers:
+            if connection.live:
+                connection.write(batch, limit)
         self.frames.clear()
-        for connection in self.connections.values() if batch else ():
-            transport = connection.transport
-            # What a reader does not take piles up here: it is cut off, and gets
-            # everything when it comes back.
-            if transport.get_write_buffer_size() > limit:
-                transport.abort()
-            elif not (connection.ws.closed or transport.is_closing()):
-                transport.write(batch[connection.skip :])  # nothing follows a close
-            connection.skip = 0
+        self.receivers.clear()
+        self.flush_is_due = False
 
-    # --- What a connection does ---
-    async def replay(self, ws: web.WebSocketResponse, after: int | None) -> None:
-        """Send what came after a number, waiting for the reader, until none is left."""
-        while after is not None and after < self.last:
-            for event in [event for event in self.recent if event["id"] > after]:
-                await ws.send_json(event)
-                after = event["id"]
+    # --- Ending ---
+    async def close(self, connections: list[Connection], code: int) -> None:
+        """Close these connections with a code, all at the same time.
 
-    async def join(self, connection: Connection) -> None:
-        """Make a connection live and say `welcome`.
-
-        No await until it is in: else what is broadcast meanwhile would be missing.
+        Don't wait until their readers have taken everything (drain): a stalled reader
+        would block us. What is unread after a second is dropped.
         """
-        connection.skip = sum(map(len, self.frames))  # this has just been replayed
-        self.connections[connection.id] = connection
-        name = connection.user["name"]
-        online = sorted({name, *self.online.values()})
-        welcome = {"type": "welcome", "user": name, "online": online, "last": self.last}
-        await connection.ws.send_json(welcome)
-        try:
-            await self.presence.enter(connection.id, name)
-        except UNAVAILABLE as error:  # the next renewal puts it right
-            log.warning("%s is not announced yet: %s", name, reason(error))
-
-    def leave(self, connection: Connection) -> None:
-        self.connections.pop(connection.id, None)
-        self.gone[connection.id] = time.monotonic()
-
-    async def say(self, user: dict, text: str, nonce: str) -> dict | None:
-        """Store a message. Return it if it is a repeated one that all have seen.
-
-        Raises one of UNAVAILABLE: then it may have been stored or not, and the sender
-        finds out by sending it again with the same nonce.
-        """
-        async with self.saving:  # two at once would only fight for the number
-            told = self.last
-            event = self.receipts.get((user["name"], nonce))
-            event = event or await self.store(user, text, nonce)
-        return event if event["id"] <= told else None  # else the broadcast tells it
-
-    async def store(self, user: dict, text: str, nonce: str) -> dict:
-        last = max(self.last, self.claimed)
-        event = to_event(await Message(self.db).save(last, user, text, nonce))
-        if event["id"] > last:
-            self.claimed = event["id"]
-            self.receipts[user["name"], nonce] = event
-        return event
-
-    async def keep_presence(self) -> None:
-        """Tell the database twice a second who has gone, and at times who is here."""
-        renewed = time.monotonic()
-        while True:
-            await asyncio.sleep(0.5)
-            now = time.monotonic()
-            gone = [key for key, since in self.gone.items() if now - since > ABSENCE]
-            try:
-                if gone:
-                    await self.presence.leave(gone)
-                    for connection_id in gone:
-                        del self.gone[connection_id]
-                if now - renewed > RENEWAL:
-                    names = {c.id: c.user["name"] for c in self.connections.values()}
-                    await self.presence.renew(names)
-                    renewed = now
-            except UNAVAILABLE as error:
-                log.warning("Presence could not be written: %s", reason(error))
-
-    async def close(self) -> None:
-        """Close every connection with 1001 (going away), all at the same time.
-
-        Without waiting for their readers (drain): one that has stalled would hold us.
-        """
-        connections, code = list(self.connections.values()), WSCloseCode.GOING_AWAY
         closing = [c.ws.close(code=code, drain=False) for c in connections]
         await asyncio.gather(*closing, return_exceptions=True)
         for connection in connections:
-            connection.transport.abort()  # what nobody has read by now
+            connection.transport.abort()
 
 
-class WebSocket(RoomView):
+class Follower:
+    """Follow the database, and tell the room: the one path by which anything is told."""
+
+    def __init__(self, room: Room) -> None:
+        self.room, self.db, self.presence = room, room.db, Presence(room.db)
+        self.process = ObjectId()
+        self.written: list[str] | None = None  # the names in our presence document
+        self.caught_up = asyncio.Event()
+        self.expelling: set[asyncio.Task] = set()
+
+    async def follow(self) -> None:
+        """Turn changes into broadcasts. Whatever breaks, open, read and follow again.
+
+        At once the first time; after that, once a second.
+        """
+        pause = 0
+        while True:
+            try:
+                async with self.db.changes() as changes:
+                    await self.catch_up()
+                    async for change in changes:
+                        self.apply(*change)
+                        pause = 0
+            except DATABASE_ERRORS as error:
+                log.warning("The stream of changes broke: %s", reason(error))
+            await asyncio.sleep(pause)
+            pause = 1
+
+    async def catch_up(self) -> None:
+        """Read what was written before the stream was open, and broadcast what is new.
+
+        What is written meanwhile comes again in the stream, and is known by its number.
+        """
+        messages, room = Message(self.db), self.room
+        await messages.look_for_foreign()
+        for event in room.history.load(await messages.newest(HISTORY_SIZE)):
+            room.broadcast(event)
+        user_ids = list({c.user["_id"] for c in room.connections})
+        for user_id in set(user_ids) - await User(self.db).existing(user_ids):
+            self.expel(user_id)
+        documents = {
+            document["_id"]: document for document in await self.presence.all()
+        }
+        for process in room.online.processes.keys() | documents.keys():
+            self.hear_names(process, documents.get(process))
+        self.written = None  # write ours again
+        self.caught_up.set()
+
+    def apply(self, collection: str, key, document: dict | None) -> None:
+        match collection:
+            case "messages" if document and not is_message(document):
+                pass_over(collection, key)
+            case "messages" if document:
+                if event := self.room.history.add(document):
+                    self.room.broadcast(event)
+            case "users" if document is None:
+                self.expel(key)
+            case "processes":
+                self.hear_names(key, document)
+
+    def expel(self, user_id: ObjectId) -> None:
+        """End the connections of a deleted account, also those that are just opening."""
+        self.room.deleted.add(user_id)
+        closing = self.room.close(self.room.of(user_id), WSCloseCode.POLICY_VIOLATION)
+        task = asyncio.create_task(closing)
+        self.expelling.add(task)  # or it might be collected before it is done
+        task.add_done_callback(self.expelling.discard)
+
+    # --- Presence ---
+    def hear_names(self, process, document: dict | None) -> None:
+        """Take the names that a process has written; None if its document is gone."""
+        names = document.get("names") if document else []
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            return pass_over("processes", process)
+        if process == self.process:
+            # Ours was removed, or an earlier write of ours landed late: write it again.
+            if names != self.room.names():
+                self.written = None
+        elif document:
+            self.room.online.processes[process] = set(names)
+        else:
+            self.room.online.processes.pop(process, None)
+        self.announce()
+
+    def announce(self) -> None:
+        """Tell who has come and who has been gone for GRACE seconds."""
+        self.room.online.processes[self.process] = set(self.room.names())
+        for event in self.room.online.changes():
+            self.room.broadcast(event)
+
+    async def keep_presence(self) -> None:
+        """Announce and write our people's names when they change, and renew them.
+
+        At once, then twice a second at most: a crowd that joins is a single write.
+        """
+        due = 0.0
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PRESENCE_PAUSE):
+                    await self.room.people_changed.wait()
+            self.room.people_changed.clear()
+            self.announce()
+            names, now = self.room.names(), time.monotonic()
+            if not self.db.shared or (names == self.written and now < due):
+                continue
+            try:
+                await self.presence.write(self.process, names)
+                self.written, due = names, now + RENEWAL
+            except DATABASE_ERRORS as error:  # the next round tries again
+                log.warning("Presence could not be written: %s", reason(error))
+            await asyncio.sleep(PRESENCE_PAUSE)
+
+    async def keep_alive(self) -> None:
+        """Let pages know that their connection works, and the newest number."""
+        while True:
+            await asyncio.sleep(HEARTBEAT)
+            last = self.room.history.last_broadcast
+            self.room.broadcast({"type": "heartbeat", "last": last})
+
+
+class WebSocket(Page):
     """Replay what was missed, welcome, then take messages until the socket closes."""
 
     async def get(self) -> web.WebSocketResponse:
-        after, room = read_number(self.request, "after"), self.room
+        after, room = read_number(self.request, "after"), self.request.app[ROOM]
         ws = web.WebSocketResponse(
-            heartbeat=HEARTBEAT,
+            heartbeat=PING,
+            autoping=False,  # a ping of the client costs a token, like any frame
             timeout=1,  # seconds that closing waits for the other side
-            compress=False,  # a compressor for each reader would halve the speed
-            # JSON may write a character as 12: two times \uXXXX. Above that: 1009.
+            compress=False,  # a compressor per reader would halve the speed
+            # JSON may write a character as 12: twice \uXXXX. Above that: 1009.
             max_msg_size=12 * room.settings.MAX_MESSAGE_LENGTH + 1_024,
         )
         connection = Connection(ws, self.request.transport, self.request[USER])
+        room.register(connection)
         try:
             await ws.prepare(self.request)
-            await room.replay(ws, after)
-            await room.join(connection)
+            await room.replay(connection, after)
+            room.join(connection)
             await self.receive(connection)
         except ConnectionResetError:
             pass  # the other side went while we sent
@@ -981,93 +1393,123 @@ class WebSocket(RoomView):
         return ws
 
     async def receive(self, connection: Connection) -> None:
-        settings = self.request.app[SETTINGS]
-        bucket = TokenBucket(settings.MESSAGES_PER_SECOND, settings.MESSAGE_BURST)
+        """Take frames as fast as the limit allows: one token of its person for each.
+
+        Who sends faster is not read, and TCP holds them back: no frame costs more than
+        its token, whatever is in it, and nobody has to send anything again.
+        """
+        bucket = connection.user["_id"]
         async for frame in connection.ws:
+            while wait := self.request.app[ROOM].bucket(bucket).take():
+                await asyncio.sleep(wait)
             if frame.type is WSMsgType.ERROR:
                 break  # a frame too big, or a connection that broke
-            event, wait = read_event(frame), bucket.take()
-            if reply := await self.take(connection.user, event, wait):
-                await connection.ws.send_json(reply)
+            await self.handle(connection, frame)
 
-    async def take(self, user: dict, event: dict, wait: float) -> dict | None:
-        """Store a message. Return what only its sender is told: error or receipt."""
-        if code := find_fault(event, wait, self.room.settings.MAX_MESSAGE_LENGTH):
-            return error_event(code, event)
+    async def handle(self, connection: Connection, frame) -> None:
+        """Store a message and send the receipt, or say what is wrong with it."""
+        if frame.type is WSMsgType.PING:
+            await connection.ws.pong(frame.data)
+        if frame.type in (WSMsgType.PING, WSMsgType.PONG):
+            return
+        event, room = read_event(frame), self.request.app[ROOM]
+        if code := validate_event(event, room.settings.MAX_MESSAGE_LENGTH):
+            return room.send(connection, error_event(code, event))
+        nonce = event["nonce"]
         try:
-            return await answer(self.room.say(user, event["text"], event["nonce"]))
-        except UNAVAILABLE as error:
+            number = await with_deadline(
+                room.post(connection.user, event["text"], nonce)
+            )
+            room.send(connection, {"type": "receipt", "nonce": nonce, "id": number})
+        except DATABASE_ERRORS as error:
             log.warning("A message was not saved: %s", reason(error))
-            return error_event("not_saved", event)
+            room.send(connection, error_event("not_saved", event))
 
 
 def read_event(frame) -> dict:
     """Return the JSON object in a text frame; an empty one if there is none."""
     try:
         event = json.loads(frame.data if frame.type is WSMsgType.TEXT else "")
-        json.dumps(event, ensure_ascii=False).encode()  # fails on half a surrogate pair
     except (ValueError, RecursionError):
         return {}
     return event if isinstance(event, dict) else {}
 
 
-def find_fault(event: dict, wait: float, max_length: int) -> str | None:
-    """Return the code of what is wrong with an event from a client, if anything is."""
-    text = event.get("text")
-    if wait:
-        return "too_fast"
+def validate_event(event: dict, max_length: int) -> str | None:
+    """Return the code of what is wrong with a client's event, if anything is."""
+    text, nonce = event.get("text"), event.get("nonce")
     if event.get("type") != "message" or not isinstance(text, str):
         return "bad_event"
-    if not is_nonce(event.get("nonce")):
+    if not isinstance(nonce, str) or not 1 <= len(nonce) <= 64:
         return "bad_event"
-    if not text.strip():
-        return "empty"
-    return "too_long" if len(text) > max_length else None
+    if len(text) > max_length:
+        return "too_long"
+    try:
+        (text + nonce).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which cannot be stored
+        return "bad_event"
+    return "empty" if is_blank(text) else None
 
 
-def is_nonce(nonce) -> bool:
-    return isinstance(nonce, str) and 1 <= len(nonce) <= 64
+# These letters and symbols show as nothing, as do separators and control characters.
+INVISIBLE = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+INVISIBLE |= {chr(n) for n in (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10))}
+
+
+def is_blank(text: str) -> bool:
+    kinds = {"Cc", "Cf", "Zl", "Zp", "Zs"}
+    return all(unicodedata.category(c) in kinds or c in INVISIBLE for c in text)
 
 
 def error_event(code: str, event: dict) -> dict:
-    error = {"type": "error", "code": code, "text": ERRORS[code]}
-    return error | ({"nonce": event["nonce"]} if is_nonce(event.get("nonce")) else {})
+    """Say what is wrong, with the nonce wherever there is one, so a page knows which."""
+    error, nonce = (
+        {"type": "error", "code": code, "text": ERRORS[code]},
+        event.get("nonce"),
+    )
+    return error | ({"nonce": nonce} if isinstance(nonce, str) else {})
 
 
 # ------------------------------------------------------------------------------
 # 6. Routes and static
 #
-# Explicit, in one table: verb, path, handler, name. Names are what the rest of the
-# code says; a path may change.
+# Explicit, in one table: path, handler, name. The rest of the code refers to routes by
+# name, so a path can change.
 # ------------------------------------------------------------------------------
 ROUTES = [
-    ("GET", "/", ChatList, "main"),
-    ("GET", "/ws", WebSocket, "chat"),
-    ("*", "/login", Login, "login"),
-    ("*", "/signin", SignIn, "signin"),
-    ("POST", "/signout", SignOut, "signout"),
+    ("/", ChatList, "main"),
+    ("/ws", WebSocket, "chat"),
+    ("/login", Login, "login"),
+    ("/signin", SignIn, "signin"),
+    ("/signout", SignOut, "signout"),
 ]
-
-# Scripts and styles from our own files only; frames only in this machine's notebook.
-SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; "
-    "form-action 'self'; frame-ancestors 'self' http://localhost:* http://127.0.0.1:*",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-}
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Scripts and styles come from our own files only, and only we frame our pages.
+
+    Without ORIGIN, other ports of the same host may frame them too: a notebook.
+    """
     if response.status == 101:
-        return  # a WebSocket is no page, and would keep them: 1 KiB a connection
-    response.headers.update(SECURITY_HEADERS)
+        return  # a WebSocket isn't a page, and would hold these in memory
+    framed_by = "'self'"
+    if not request.app[SETTINGS].ORIGIN and is_local(request.host):
+        framed_by += f" http://{request.url.host}:*"
+    response.headers.update(
+        {
+            "Content-Security-Policy": "default-src 'self'; base-uri 'none'; "
+            f"form-action 'self'; frame-ancestors {framed_by}",
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "same-origin",
+        }
+    )
     static = request.match_info.route.name == "static"
     response.headers["Cache-Control"] = "no-cache" if static else "no-store"
 
 
 def add_routes(app: web.Application) -> None:
-    for method, path, handler, name in ROUTES:
-        app.router.add_route(method, path, handler, name=name)
+    for path, handler, name in ROUTES:
+        app.router.add_view(path, handler, name=name)
     app.router.add_static("/static/", HERE / "static", name="static")
     app.on_response_prepare.append(add_headers)
 
@@ -1076,89 +1518,196 @@ def add_routes(app: web.Application) -> None:
 # 7. Startup and shutdown
 #
 # What starts before the first request ends after the last one, in reverse: a
-# `cleanup_ctx` has both halves in one function, around its `yield`. aiohttp stops
-# listening, runs `on_shutdown`, waits for the handlers, then comes back to the yields.
+# `cleanup_ctx` has both halves in one function, around its `yield`. At the end, aiohttp
+# stops listening, runs `on_shutdown`, waits for the handlers, and resumes at the yields.
 # ------------------------------------------------------------------------------
 async def run_database(app: web.Application) -> AsyncIterator[None]:
     app[DATABASE] = await open_database(app[SETTINGS])
     yield
-    app[DATABASE].db.client.close()
+    app[DATABASE].mongo.client.close()
 
 
 async def run_room(app: web.Application) -> AsyncIterator[None]:
     app[ROOM] = room = Room(app[DATABASE], app[SETTINGS])
-    tasks = [asyncio.create_task(room.follow())]
-    tasks += [asyncio.create_task(room.keep_presence())]
-    await room.caught_up.wait()
+    follower = Follower(room)
+    work = follower.follow(), follower.keep_presence(), follower.keep_alive()
+    tasks = [asyncio.create_task(one) for one in work]
+    for task in tasks:
+        task.add_done_callback(functools.partial(report, app))
+    try:
+        await with_deadline(follower.caught_up.wait())
+    except TimeoutError:
+        raise CannotStart("The database does not let us follow its changes.") from None
     yield
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     try:
-        await room.presence.leave_all()
-    except UNAVAILABLE as error:
+        await follower.presence.remove(follower.process)
+    except DATABASE_ERRORS as error:
         log.warning("Presence was left to expire: %s", reason(error))
 
 
+def report(app: web.Application, task: asyncio.Task) -> None:
+    """Log a task that ended though it should not, and stop: a host starts us again.
+
+    Otherwise the room would fall silent, and nobody would hear why.
+    """
+    if not task.cancelled() and task.exception():
+        log.critical("A task ended by an error.", exc_info=task.exception())
+        app[STOP](1)
+
+
 async def close_room(app: web.Application) -> None:
-    await app[ROOM].close()
+    room = app[ROOM]
+    await room.close(list(room.connections), WSCloseCode.GOING_AWAY)
 
 
-def in_one_line(record: logging.LogRecord) -> bool:
-    """Log a stranger's malformed request without a traceback: the fault is not here."""
-    error = record.exc_info and record.exc_info[1]
-    if isinstance(error, MALFORMED):
-        record.msg = f"{record.getMessage()}: {type(error).__name__}"
-        record.args = record.exc_info = None
-    return True
+class OncePerMinute(logging.Filter):
+    """Log what may come often once a minute, and a stranger's fault in one line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.silent_until: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info and record.exc_info[1]
+        if error and not isinstance(error, (*MALFORMED, OSError)):
+            return True  # a fault of ours, with its traceback
+        kind, now = record.msg.partition("\n")[0], time.monotonic()
+        if now < self.silent_until.get(kind, 0):
+            return False
+        self.silent_until[kind] = now + 60
+        if error:
+            record.msg = (
+                f"{record.getMessage().splitlines()[0]}: {type(error).__name__}"
+            )
+            record.args = record.exc_info = record.exc_text = None
+        return True
+
+
+ONCE_PER_MINUTE = OncePerMinute()
 
 
 def init_app(settings: Settings | None = None) -> web.Application:
-    """Make the application; it starts when a runner starts it. Raises WrongSetting."""
-    settings = settings or read_settings()
-    secret = settings.SECRET_KEY.encode(errors="surrogateescape")
-    storage = EncryptedCookieStorage(
-        hashlib.sha256(secret or secrets.token_bytes()).digest(),
-        max_age=14 * 24 * 60 * 60,  # seconds
-        httponly=True,
-        samesite="Lax",
-        secure=settings.SECURE_COOKIES,
+    """Make the application; a runner starts it. Raises ValidationError."""
+    settings = settings or Settings()
+    app = web.Application(
+        middlewares=[
+            own_origin,
+            session_middleware(make_storage(settings)),
+            db_handler,
+            authorize,
+        ],
+        client_max_size=16_384,  # bytes of a form
+        handler_args={
+            "max_field_size": 65_536,  # other applications on localhost leave cookies
+            "lingering_time": 1,  # seconds to read on after an answer that came early
+        },
     )
-    middlewares = [session_middleware(storage), same_origin, db_handler, authorize]
-    app = web.Application(middlewares=middlewares, client_max_size=16_384)  # bytes
-    app[SETTINGS], app[THROTTLE] = settings, make_throttle(settings.LOGIN_ATTEMPTS)
-    aiohttp_jinja2.setup(app, loader=jinja2.FileSystemLoader(HERE / "templates"))
+    app[SETTINGS], app[HASH_TURN], app[STOP] = (
+        settings,
+        asyncio.Lock(),
+        lambda code: None,
+    )
+    app[THROTTLE] = make_buckets(settings.LOGIN_ATTEMPTS / 60, settings.LOGIN_ATTEMPTS)
+    loader = jinja2.FileSystemLoader(HERE / "templates")
+    aiohttp_jinja2.setup(app, loader=loader, filters={"links": links})
     add_routes(app)
-    logging.getLogger("aiohttp.server").addFilter(in_one_line)
+    for name in "chat", "aiohttp.server", "asyncio":
+        logging.getLogger(name).addFilter(ONCE_PER_MINUTE)
     app.cleanup_ctx.extend([run_database, run_room])
     app.on_shutdown.append(close_room)
     return app
 
 
+def make_storage(settings: Settings) -> EncryptedCookieStorage:
+    """Keep the session in an encrypted cookie, which scripts cannot read.
+
+    In memory it is worth nothing to another run, so it ends with the browser. There,
+    name it by the port: cookies know no ports, and neighbors on one host name would
+    sign each other out.
+    """
+    options = {"max_age": 14 * 24 * 60 * 60}  # seconds
+    if not settings.MONGO_HOST:
+        options = {"cookie_name": f"CHAT_{settings.PORT or secrets.token_hex(4)}"}
+    return EncryptedCookieStorage(
+        hashlib.sha256(settings.SECRET_KEY.encode() or secrets.token_bytes()).digest(),
+        httponly=True,
+        samesite="Lax",
+        secure=settings.ORIGIN.startswith("https:"),
+        **options,
+    )
+
+
 def main() -> None:
-    """Run the chat until Ctrl-C. Exits with 2, and one line, if it cannot start."""
+    """Run the chat until Ctrl-C. If it cannot start, print why and exit with 2."""
     try:
-        run(read_settings())
-    except WrongSetting as error:
-        print(f"chat: {error}", file=sys.stderr)
-        sys.exit(2)
+        run(Settings())
+    except ValidationError as error:
+        lines = [f"{e['loc'][0]}: {e['msg']}" for e in error.errors()]
+        sys.exit(fail(*lines))
+    except UnicodeDecodeError:
+        sys.exit(fail(".env must be a text file in UTF-8"))
+    except CannotStart as error:
+        sys.exit(fail(str(error)))
+
+
+def fail(*lines: str) -> int:
+    print(*(f"chat: {line}" for line in lines), sep="\n", file=sys.stderr)
+    return 2
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM. Raises WrongSetting if the address is not free."""
+    """Serve until SIGINT or SIGTERM. Raises CannotStart if the address is not free."""
+    sys.stdout.reconfigure(line_buffering=True)  # or a container's log stays empty
     level = logging.DEBUG if settings.DEBUG else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("pymongo").setLevel(logging.INFO)  # DEBUG has hashes and emails
+    raise_descriptor_limit()
     if not settings.SECRET_KEY:
         print("SECRET_KEY is not set: sessions end when the chat stops.")
-    access_log = logging.getLogger("aiohttp.access") if settings.DEBUG else None
-    address = {"host": settings.HOST, "port": settings.PORT}
+    app = init_app(settings)
+    app[STOP] = sys.exit
     try:
-        app = init_app(settings)
-        options = {"access_log": access_log, "shutdown_timeout": 1}
-        web.run_app(app, **address, **options, loop=new_event_loop())
+        web.run_app(
+            app,
+            host=settings.HOST,
+            port=settings.PORT,
+            access_log=logging.getLogger("aiohttp.access") if settings.DEBUG else None,
+            shutdown_timeout=1,
+            print=print_addresses,
+            loop=new_event_loop(),
+        )
     except (OSError, UnicodeError) as error:
-        wanted = f"an address of this machine and a free port ({error})"
-        raise WrongSetting("HOST and PORT", address, wanted) from None
+        raise CannotStart(
+            f"HOST {settings.HOST!r} and PORT {settings.PORT} must be an address of this "
+            f"machine and a free port ({error})"
+        ) from None
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many connections as the system lets us: macOS starts with 256 files."""
+    if resource:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(ValueError, OSError):
+            wanted = hard if hard != resource.RLIM_INFINITY else 65_536
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def print_addresses(text: str) -> None:
+    """Print where the chat runs; for 0.0.0.0 also the address that others can type."""
+    print(text)
+    if port := re.search(r"//0\.0\.0\.0:(\d+)", text):
+        print(f"From other machines: http://{own_address()}:{port[1]}")
+
+
+def own_address() -> str:
+    """Return this machine's address in its network. Nothing is sent for it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
+        return probe.getsockname()[0]
+    return socket.gethostname()
 
 
 if __name__ == "__main__":
