@@ -1,61 +1,50 @@
-// The page of the chat, without a library. It promises that what was typed is sent
-// once and in order, and that what others said is shown once and in order.
-"use strict";
+// The page of the chat, without a library. It promises two things: what it shows is true,
+// and what you type is sent once and in order. This file has what you do and what the
+// server tells, in the order of a message's life. connection.js delivers, log.js shows.
 
-const find = (id) => document.getElementById(id);
-const user = find("user").textContent;
-const log = find("log");
-const messages = find("messages");
+import { Connection, Outbox, keep, recall } from "./connection.js";
+import * as log from "./log.js";
+
+const { find, room } = log;
+const { user } = room.dataset;
 const box = find("text");
 const maxLength = Number(box.dataset.maxLength);
+const seconds = (name) => Number(room.dataset[name]); // tests shorten the intervals
+const tabs = new BroadcastChannel("chat"); // the other tabs of this browser
 
-let socket = null;
-let failures = 0; // connections in a row that did not get as far as `welcome`
-let lastId = Number(messages.lastElementChild?.dataset.id ?? 0);
+const outbox = new Outbox(user);
+const connection = new Connection(seconds, { lastId: () => lastId, handle, lost, explain, signIn });
+
+let lastId = Number(find("messages").lastElementChild?.dataset.id ?? 0);
 let inFlight = null; // the nonce that waits for its receipt, one at a time
 let retry = 0; // the timer that sends it again
-let unread = 0;
-let atEnd = true; // whether the newest message was in sight before a resize
-let online = new Set();
+let disagreements = 0; // in a row, about which message is the newest
+let stale = false; // whether only a reload can make the page whole
+let leaving = false;
+let leaveTimer = 0;
 
-// --- What was typed: kept in this tab until the server has it ---
-const storageKey = "unsent " + user;
-let { draft, pending } = JSON.parse(sessionStorage.getItem(storageKey)) ?? { draft: "", pending: [] };
-
-function keep() {
-  draft = box.value;
-  sessionStorage.setItem(storageKey, JSON.stringify({ draft, pending }));
-}
-
+// --- You write: into the box, the outbox and the log, in grey ---
 function submit() {
   const text = box.value;
   const length = [...text].length; // characters, as the server counts them
+  box.focus();
   if (!text.trim()) return;
   if (length > maxLength) {
-    showProblem(`A message has at most ${maxLength} characters; this one has ${length}.`);
+    tell("problem", `A message has at most ${maxLength} characters; this one has ${length}.`);
     return;
   }
-  pending.push({ nonce: makeNonce(), text });
-  showPending(pending.at(-1));
   box.value = "";
-  showProblem("");
-  keep();
-  scrollToEnd();
+  tell("problem", "");
+  log.showPending(outbox.add(text));
   sendNext();
-}
-
-function makeNonce() { // crypto.randomUUID is missing where there is no https
-  return Array.from(crypto.getRandomValues(new Uint32Array(4)), (n) => n.toString(36)).join("-");
 }
 
 // One at a time, so that a message that has to be repeated is not overtaken.
 function sendNext() {
-  if (!online.size || inFlight || !pending.length) return; // nobody is online before `welcome`
-  const { nonce, text } = pending[0];
-  inFlight = nonce;
-  socket.send(JSON.stringify({ type: "message", text, nonce }));
-  clearTimeout(retry);
-  retry = setTimeout(sendAgain, 10_000);
+  const [message] = outbox.pending;
+  if (!connection.live || inFlight || !message) return;
+  inFlight = message.nonce;
+  connection.send({ type: "message", ...message });
 }
 
 function sendAgain() {
@@ -63,187 +52,168 @@ function sendAgain() {
   sendNext();
 }
 
-function forget(nonce) {
-  pending = pending.filter((message) => message.nonce !== nonce);
-  messages.querySelector(`[data-nonce="${CSS.escape(nonce)}"]`)?.remove();
-  if (inFlight === nonce) inFlight = null;
-  keep();
-}
-
-// --- What the server tells ---
+// --- The server tells ---
 function handle(event) {
   switch (event.type) {
+    case "receipt":
+      return handleReceipt(event);
     case "message":
       return handleMessage(event);
-    case "welcome":
-      if (event.last < lastId) return location.reload(); // another history: start afresh
-      failures = 0;
-      online = new Set(event.online);
-      showStatus("online");
-      showOnline();
-      return sendNext();
-    case "joined":
-      online.add(event.user);
-      showOnline();
-      return showNotice(`${event.user} joined`);
-    case "left":
-      online.delete(event.user);
-      showOnline();
-      return showNotice(`${event.user} left`);
     case "error":
       return handleError(event);
+    case "welcome":
+      return handleWelcome(event);
+    case "joined":
+      log.enter(event.user);
+      return show(event);
+    case "left":
+      log.leave(event.user);
+      return show(event);
+    case "heartbeat":
+      return compare(event.last);
     default:
       throw new Error(`unknown event ${event.type}`);
   }
 }
 
+// Before `welcome` only collect: all that was missed is shown in one layout.
+function show(event) {
+  log.show(event);
+  if (connection.live) log.flushSoon();
+}
+
+// It is stored, so the next one may go. It stays grey until its message comes. That may
+// have come already, from before a reload: then there is nothing to wait for.
+function handleReceipt({ nonce, id }) {
+  outbox.remove(nonce);
+  if (id <= lastId) log.forget(nonce);
+  if (nonce !== inFlight) return;
+  tell("problem", "");
+  sendAgain();
+}
+
 function handleMessage(event) {
-  if (event.id > lastId + 1) return location.reload(); // more was missed than is replayed
-  const own = event.user === user && pending.some((message) => message.nonce === event.nonce);
-  if (own) forget(event.nonce);
-  if (event.id > lastId) {
-    lastId = event.id;
-    showMessage(event);
+  if (event.id <= lastId) { // a process behind the others repeats, an operator changes
+    if (!log.update(event)) leaveSoon();
+    return;
   }
-  if (own) {
-    showProblem("");
-    sendNext();
-  }
+  if (event.id > lastId + 1) leaveSoon(); // more was missed than the server replays
+  lastId = event.id;
+  if (event.user === user) outbox.remove(event.nonce);
+  show(event);
 }
 
-function handleError(event) {
-  showProblem(event.text);
-  if (event.nonce === undefined || event.nonce !== inFlight) return;
-  clearTimeout(retry);
-  if (event.code === "not_saved" || event.code === "too_fast") {
-    retry = setTimeout(sendAgain, 1000 + 1000 * Math.random());
-  } else { // it will never be taken: back to the box with it
-    const { text } = pending[0];
-    forget(event.nonce);
-    box.value = box.value ? `${text}\n${box.value}` : text;
-    keep();
-    sendNext();
-  }
+// An error without a nonce is about the one in flight: nothing else was said.
+function handleError({ code, text, nonce = inFlight }) {
+  tell("problem", text);
+  if (!nonce || nonce !== inFlight) return;
+  if (code === "not_saved") retry = setTimeout(sendAgain, 1000 + 1000 * Math.random());
+  else refuse(nonce);
 }
 
-// --- The connection ---
-function connect() {
-  if (socket && socket.readyState <= WebSocket.OPEN) return;
-  const address = new URL("/ws", location.href);
-  address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
-  address.searchParams.set("after", lastId);
-  showStatus("connecting");
-  socket = new WebSocket(address);
-  socket.onmessage = (message) => handle(JSON.parse(message.data));
-  socket.onclose = disconnected;
+// Never repeat what was refused, or it blocks what is behind it: back into the box.
+function refuse(nonce) {
+  const message = outbox.remove(nonce);
+  log.forget(nonce);
+  if (message) box.value = [message.text, box.value].filter(Boolean).join("\n");
+  outbox.keep(box.value);
+  sendAgain();
 }
 
-function disconnected() {
-  online = new Set();
+function handleWelcome(event) {
+  log.flush();
+  if (event.user !== user) return becomeOther(event.user);
+  log.showOnline(event.online);
+  showStatus("online");
+  explain("");
+  compare(event.last);
+  if (stale) leaveSoon();
+  return sendNext();
+}
+
+// A process may be behind for a while, so act on the third disagreement in a row only.
+function compare(last) {
+  disagreements = last === lastId ? 0 : disagreements + 1;
+  if (disagreements > 2) leaveSoon();
+}
+
+// --- The connection is lost, and the page says so ---
+function lost(code, wasLive) {
+  const nonce = inFlight;
   inFlight = null;
   clearTimeout(retry);
-  showStatus("offline");
-  showOnline();
-  failures += 1;
-  const delay = Math.min(15_000, 250 * 2 ** failures) * (0.5 + Math.random());
-  setTimeout(failures > 1 ? connectOrSignIn : connect, delay);
-}
-
-// A handshake that fails does not say why. A page does: it redirects to the login.
-async function connectOrSignIn() {
-  try {
-    const page = await fetch("/", { redirect: "manual" });
-    if (page.type === "opaqueredirect") return location.assign("/login");
-  } catch {
-    // The server is not there; connecting fails as well, and tries again.
+  if (code === 1009 && nonce) { // a frame too big
+    tell("problem", "The message is too long.");
+    refuse(nonce);
   }
-  connect();
-}
-
-// --- What is shown: text is always textContent, never markup ---
-function make(name, text = "", properties = {}) {
-  return Object.assign(document.createElement(name), { textContent: text }, properties);
-}
-
-function show(item) {
-  const follow = isAtEnd();
-  if (item.dataset.nonce) messages.append(item);
-  else messages.insertBefore(item, messages.querySelector(".pending"));
-  if (follow) scrollToEnd();
-}
-
-function isAtEnd() {
-  return log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-}
-
-function scrollToEnd() {
-  log.scrollTop = log.scrollHeight;
-}
-
-function showMessage({ id, user: author, text, time }) {
-  const item = make("li");
-  item.dataset.id = id;
-  item.append(make("strong", author), " ", make("time", "", { dateTime: time }), make("p", text));
-  finish(item);
-  show(item);
-  if (document.hidden) showUnread(unread + 1);
-}
-
-// Messages in the page as it came from the server get the same finish.
-function finish(item) {
-  const time = item.querySelector("time");
-  const date = new Date(time.dateTime);
-  const today = date.toDateString() === new Date().toDateString();
-  time.textContent = today ? date.toLocaleTimeString([], { timeStyle: "short" })
-    : date.toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
-  time.title = date.toLocaleString();
-  item.classList.toggle("own", item.querySelector("strong").textContent === user);
-}
-
-function showPending({ nonce, text }) {
-  const item = make("li", "", { className: "own pending" });
-  item.dataset.nonce = nonce;
-  item.append(make("strong", user), " ", make("span", "sending …", { className: "hint" }), make("p", text));
-  show(item);
-}
-
-function showNotice(text) {
-  show(make("li", text, { className: "notice" }));
-}
-
-function showOnline() {
-  find("count").textContent = online.size || "";
-  find("online").replaceChildren(...[...online].sort().map((name) => make("li", name)));
+  log.flush();
+  log.showOnline([]);
+  showStatus(wasLive ? "connecting" : "offline");
 }
 
 function showStatus(text) {
-  find("status").textContent = text;
+  tell("status", text);
   find("status").dataset.status = text;
 }
 
-function showProblem(text) {
-  find("problem").textContent = text;
+function explain(sentence) {
+  tell("reason", sentence);
 }
 
-function showUnread(count) {
-  unread = count;
-  document.title = count ? `(${count}) Chat` : "Chat";
+function tell(id, text) { // change nothing that is right: a change is spoken
+  if (find(id).textContent !== text) find(id).textContent = text;
 }
 
-async function showOlder(click) {
-  click.preventDefault();
-  const link = click.currentTarget;
-  const answer = await fetch(link.href).catch(() => null);
-  if (!answer?.ok || answer.redirected) return location.assign(link.href);
-  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-  const items = [...page.querySelectorAll("#messages li")];
-  items.forEach(finish);
-  const height = log.scrollHeight;
-  messages.prepend(...items);
-  const next = page.getElementById("older");
-  if (next) link.href = next.getAttribute("href");
-  else link.parentElement.remove();
-  log.scrollTop += log.scrollHeight - height;
+// --- Who you are: the tabs of a browser share one session ---
+function signIn() {
+  stop("Your session has ended.");
+  leaveSoon("/login?why=ended");
+}
+
+// Don't send under another name: what this user typed waits in this user's outbox.
+function becomeOther(name) {
+  stop(`This browser is now signed in as ${name}. The page starts afresh.`);
+  leaveSoon("/");
+}
+
+function stop(sentence) {
+  connection.drop();
+  lost();
+  explain(sentence);
+}
+
+async function signOut(event) {
+  event.preventDefault();
+  const signal = AbortSignal.timeout(1000 * seconds("answer"));
+  const options = { method: "POST", redirect: "manual", signal };
+  const answer = await fetch(event.target.action, options).catch(() => null);
+  if (answer?.type !== "opaqueredirect") {
+    return explain("The server does not answer. You are still signed in.");
+  }
+  tabs.postMessage(""); // now, not before: the sign-in sends back whoever has a session
+  return leave("/login");
+}
+
+// --- Leaving: at most once a minute by itself, whatever the server says ---
+function leaveSoon(address) {
+  stale = true;
+  if (leaving || (leaveTimer && !address)) return;
+  clearTimeout(leaveTimer);
+  const pause = 1000 * seconds("reload");
+  // A tab without storage cannot remember. It waits until it is a minute old.
+  const last = keep("left", recall("left") ?? 0) ? recall("left") : performance.timeOrigin;
+  const wait = last + pause - Date.now();
+  leaveTimer = setTimeout(leave, Math.min(pause, Math.max(0, wait)), address);
+}
+
+function leave(address) {
+  leaveTimer = 0;
+  if (!address && !connection.live) return; // a reload needs a server: the next welcome
+  leaving = true;
+  keep("left", Date.now());
+  connection.drop();
+  if (address) location.assign(address);
+  else location.reload();
 }
 
 // --- Wiring ---
@@ -252,32 +222,35 @@ find("send").addEventListener("submit", (event) => {
   submit();
 });
 box.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  // Safari ends a composition before its Enter arrives; keyCode 229 gives that one away.
+  const composing = event.isComposing || event.keyCode === 229;
+  if (event.key !== "Enter" || event.shiftKey || composing) return;
   event.preventDefault();
   submit();
 });
 box.addEventListener("input", () => {
-  showProblem("");
-  keep();
+  tell("problem", "");
+  outbox.keep(box.value);
 });
-log.addEventListener("scroll", () => {
-  atEnd = isAtEnd();
+find("signout").addEventListener("submit", signOut);
+tabs.addEventListener("message", ({ data: name }) => {
+  if (!name) leave("/login?why=ended");
+  else if (name !== user) becomeOther(name);
 });
-new ResizeObserver(() => { // as when a phone shows its keyboard
-  if (atEnd) scrollToEnd();
-}).observe(log);
-find("older")?.addEventListener("click", showOlder);
-document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) showUnread(0);
-});
-window.addEventListener("online", connect);
+window.addEventListener("online", () => connection.wake());
+document.addEventListener("visibilitychange", () => document.hidden || connection.wake());
 window.addEventListener("pageshow", (event) => {
   if (event.persisted) location.reload(); // from the back-forward cache: signed out?
 });
+window.addEventListener("beforeunload", (event) => {
+  const unsent = outbox.pending.length || (box.value && !outbox.kept);
+  if (unsent && !leaving) event.preventDefault(); // the storage goes with the tab
+});
 
-messages.querySelectorAll("li").forEach(finish);
-box.value = draft;
-pending.forEach(showPending);
-scrollToEnd();
-box.focus();
-connect();
+for (const item of document.querySelectorAll("#messages .own")) outbox.remove(item.dataset.nonce);
+log.start();
+outbox.pending.forEach(log.showPending);
+box.value = outbox.draft;
+if (window.self === window.top) box.focus(); // in a frame: the notebook keeps its keyboard
+tabs.postMessage(user);
+connection.connect();

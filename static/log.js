@@ -1,0 +1,344 @@
+// What you see: messages, notices, and who is online. Text is always `textContent`, never
+// markup. Events wait for the next frame, so that all of a frame's cost one layout.
+
+export const find = (id) => document.getElementById(id);
+export const room = document.querySelector(".room");
+const { user } = room.dataset; // from an attribute: a translator may rewrite text
+const log = find("log");
+const messages = find("messages");
+const older = find("older");
+
+const SHOWN = 300; // lines that stay; what is older is behind "Older messages"
+const TALL = 20; // lines of text, beyond which a message is folded
+const LONG = /[^]{300}|(.*\n){20}/; // a text that may be as tall as that
+
+let queue = []; // events that wait for the next frame
+let frame = 0;
+let timer = 0;
+let following = true; // whether the newest message is in sight
+let unseen = 0; // messages below the part in sight
+let unread = 0; // messages that came while the page was hidden
+let lastDay = ""; // of the newest message
+let today = ""; // when the times were told
+const pending = new Map(); // by nonce: your items without a number, always the last ones
+
+// --- From an event to an item ---
+function make(name, text = "", properties = {}) {
+  return Object.assign(document.createElement(name), { textContent: text }, properties);
+}
+
+function makeMessage({ user: author, text, time, nonce }) {
+  const item = make("li", "", { className: author === user ? "own" : "" });
+  item.dataset.nonce = nonce;
+  item.append(make("strong", author, { translate: false }), " ");
+  item.append(make("time", "", { dateTime: time }), make("p"));
+  setText(item, text);
+  tellTime(item);
+  return item;
+}
+
+function setText(item, text) {
+  const p = item.querySelector("p");
+  const shown = text || "This message was removed.";
+  if (p.textContent === shown) return;
+  p.replaceChildren(...link(shown));
+  item.classList.toggle("removed", !text);
+}
+
+// Web addresses become links. chat.py has the same expression, for pages without script.
+const ENDS = String.raw`()\s\x00-\x20\x7f-\xa0\u2000-\u206f\u3000-\u303f\ufeff\uff01-\uff0f<>\x22\x60`;
+const LINK = new RegExp(
+  String.raw`[Hh]ttps?://(?:[^${ENDS}]|\([^${ENDS}]*\))+(?<![.,:;!?'*_~|\]»])`, "gu");
+
+function* link(text) {
+  let end = 0;
+  for (const { 0: address, index } of text.matchAll(LINK)) {
+    yield text.slice(end, index);
+    const rel = "noopener noreferrer nofollow";
+    yield make("a", address, { href: address, target: "_blank", rel });
+    end = index + address.length;
+  }
+  yield text.slice(end);
+}
+
+const timeOf = (item) => new Date(item.querySelector("time").dateTime);
+const clock = new Intl.DateTimeFormat([], { timeStyle: "short" });
+const fullDay = new Intl.DateTimeFormat([], { dateStyle: "full" });
+const dayAndClock = new Intl.DateTimeFormat([], {
+  month: "short", day: "numeric", hour: "numeric", minute: "numeric",
+});
+
+function tellTime(item) {
+  const time = timeOf(item);
+  const isToday = time.toDateString() === new Date().toDateString();
+  const text = (isToday ? clock : dayAndClock).format(time);
+  const element = item.querySelector("time");
+  if (element.textContent === text) return;
+  element.textContent = text;
+  element.title = time.toLocaleString();
+}
+
+// Tell yesterday's times again when the date changes: "14:01" would be wrong then.
+function tellTimes() {
+  if (today === new Date().toDateString()) return;
+  today = new Date().toDateString();
+  quietly(() => {
+    messages.querySelectorAll("[data-nonce]").forEach(tellTime);
+    headDays();
+  });
+}
+
+// A line with the day stands above the first message of each day.
+function headDay(item) {
+  const time = timeOf(item);
+  if (time.toDateString() === lastDay) return;
+  lastDay = time.toDateString();
+  messages.insertBefore(make("li", fullDay.format(time), { className: "day" }), item);
+}
+
+function headDays() {
+  messages.querySelectorAll(".day").forEach((line) => line.remove());
+  lastDay = "";
+  messages.querySelectorAll("[data-id]").forEach(headDay);
+}
+
+// Screen readers don't speak a busy region.
+async function quietly(change) {
+  log.ariaBusy = "true";
+  await change();
+  requestAnimationFrame(() => { log.ariaBusy = "false"; });
+}
+
+// --- Adding to the end, once per frame ---
+export function show(event) {
+  queue.push(event);
+  if (document.hidden && isNews(event)) showUnread(unread + 1);
+}
+
+export function flushSoon() {
+  if (timer || !queue.length) return;
+  frame = requestAnimationFrame(flush);
+  timer = setTimeout(flush, 200); // a hidden page gets no frames
+}
+
+export function flush() {
+  if (!queue.length) return;
+  cancelAnimationFrame(frame);
+  clearTimeout(timer);
+  timer = 0;
+  const events = queue;
+  queue = [];
+  const items = events.map((event) => (event.type === "message" ? append(event) : note(event)));
+  new Set(items).forEach((item) => item.people && tellPeople(item));
+  trim();
+  fold(items);
+  if (following) scrollToEnd();
+  else showUnseen(unseen + events.filter(isNews).length);
+}
+
+const firstPending = () => pending.values().next().value ?? null;
+const isNews = ({ type, user: author, text }) => type === "message" && author !== user && text;
+
+// Your message takes the place of the item that waited for it. Only attributes change
+// then, so that a screen reader speaks it once.
+function append(event) {
+  let item = event.user === user && pending.get(event.nonce);
+  if (item) {
+    pending.delete(event.nonce);
+    item.classList.remove("pending");
+    item.querySelector("time").dateTime = event.time;
+    tellTime(item);
+  } else {
+    item = makeMessage(event);
+    messages.insertBefore(item, firstPending());
+  }
+  item.dataset.id = event.id;
+  headDay(item);
+  return item;
+}
+
+// Joins and leaves that follow each other share one line.
+function note({ type, user: name }) {
+  const next = firstPending();
+  let line = next ? next.previousElementSibling : messages.lastElementChild;
+  if (!line?.people) {
+    line = make("li", "", { className: "notice", translate: false, people: new Map() });
+    messages.insertBefore(line, next);
+  }
+  line.people.delete(name); // each person's latest counts, and stands last
+  line.people.set(name, type);
+  return line;
+}
+
+function tellPeople(line) {
+  const parts = [];
+  for (const type of ["joined", "left"]) {
+    let names = [...line.people.keys()].filter((name) => line.people.get(name) === type);
+    if (names.length > 4) names = [...names.slice(0, 3), `${names.length - 3} others`];
+    if (names.length) parts.push(`${names.join(", ")} ${type}`);
+  }
+  line.textContent = parts.join(" · ");
+}
+
+// The line with the day stays at the top: what stands below it goes first.
+function trim() {
+  if (!following || log.ariaBusy === "true") return;
+  let surplus = messages.children.length - pending.size - SHOWN;
+  for (; surplus > 0; surplus--) {
+    const [top, next] = messages.children;
+    (top.matches(".day") && !next.matches(".day") ? next : top).remove();
+  }
+  offerOlder();
+}
+
+// Measure only what may be tall: reading a height makes the browser lay the page out.
+function fold(items) {
+  const long = items.filter((item) => LONG.test(item.querySelector("p")?.textContent ?? ""));
+  const tall = long.filter(({ lastElementChild: p }) =>
+    p.scrollHeight > (TALL + 0.5) * parseFloat(getComputedStyle(p).lineHeight));
+  for (const item of tall) {
+    const button = make("button", "Show all", { type: "button", className: "quiet" });
+    button.onclick = () => {
+      item.classList.remove("folded");
+      button.remove();
+    };
+    item.classList.add("folded");
+    item.append(button);
+  }
+}
+
+// --- What you sent, until it has its number ---
+export function showPending({ nonce, text }) {
+  flush(); // what came before it stands above it
+  const item = makeMessage({ user, text, time: new Date().toISOString(), nonce });
+  item.classList.add("pending");
+  pending.set(nonce, item);
+  messages.append(item);
+  fold([item]);
+  scrollToEnd();
+}
+
+export function forget(nonce) {
+  flush(); // its message may be waiting for the frame
+  pending.get(nonce)?.remove();
+  pending.delete(nonce);
+}
+
+// --- A number that is known: an operator may have changed the text ---
+// Return false if it is another message: then the database was replaced.
+export function update({ id, nonce, text }) {
+  flush();
+  const item = messages.querySelector(`[data-id="${id}"]`);
+  if (item && item.dataset.nonce !== nonce) return false;
+  if (item) setText(item, text);
+  return true;
+}
+
+// --- The end of the list: following it, and what is new below ---
+const isAtEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+
+export function scrollToEnd() {
+  following = true;
+  log.scrollTop = log.scrollHeight;
+  showUnseen(0);
+}
+
+function showUnseen(count) {
+  unseen = count;
+  find("new").hidden = !count;
+  find("new").textContent = count === 1 ? "1 new message" : `${count} new messages`;
+}
+
+function showUnread(count) {
+  unread = count;
+  document.title = count ? `(${count}) Chat` : "Chat";
+}
+
+// --- The start of the list: older messages, one request at a time ---
+function offerOlder() {
+  const first = Number(messages.querySelector("[data-id]")?.dataset.id ?? 1);
+  older.parentElement.hidden = first <= 1;
+  older.search = `?before=${first}`;
+}
+
+function showOlder(click) {
+  click.preventDefault();
+  if (log.ariaBusy === "true") return;
+  following = false;
+  find("older-problem").textContent = "";
+  quietly(() => loadOlder().catch(() => {
+    find("older-problem").textContent = "The older messages did not come. Try again in a moment.";
+  }));
+}
+
+async function loadOlder() {
+  const signal = AbortSignal.timeout(1000 * room.dataset.answer);
+  const answer = await fetch(older.href, { redirect: "manual", signal });
+  if (answer.type === "opaqueredirect") return location.assign(older.href); // signed out
+  if (!answer.ok) throw new Error(`status ${answer.status}`);
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  return prepend([...page.querySelectorAll("[data-id]")]);
+}
+
+// Keep what you read where it is: the list grows above it.
+function prepend(items) {
+  const anchor = messages.querySelector("[data-id]");
+  const before = anchor.getBoundingClientRect().top;
+  messages.prepend(...items);
+  items.forEach(tellTime);
+  headDays();
+  fold(items);
+  log.scrollTop += anchor.getBoundingClientRect().top - before;
+  offerOlder();
+  if (!items.length) older.parentElement.textContent = "Older messages are not kept.";
+  if (!older.offsetParent) log.focus(); // the link is gone, and the focus with it
+  following = isAtEnd();
+}
+
+// --- Who is online: one name in or out moves one item ---
+const { compare } = new Intl.Collator();
+let names = []; // sorted, as they are shown
+
+export function showOnline(online) {
+  names = [...online].sort(compare);
+  find("online").replaceChildren(...names.map(makeName));
+  find("count").textContent = names.length || "";
+}
+
+export function enter(name) {
+  if (names.includes(name)) return;
+  const index = names.findIndex((other) => compare(other, name) > 0);
+  names.splice(index < 0 ? names.length : index, 0, name);
+  find("online").insertBefore(makeName(name), find("online").children[index] ?? null);
+  find("count").textContent = names.length;
+}
+
+export function leave(name) {
+  const index = names.indexOf(name);
+  if (index < 0) return;
+  names.splice(index, 1);
+  find("online").children[index].remove();
+  find("count").textContent = names.length || "";
+}
+
+const makeName = (name) => make("li", name, { translate: false });
+
+// --- Wiring ---
+export function start() {
+  older.addEventListener("click", showOlder);
+  find("new").addEventListener("click", scrollToEnd);
+  log.addEventListener("scroll", () => {
+    following = isAtEnd();
+    if (following) showUnseen(0);
+  });
+  new ResizeObserver(() => following && scrollToEnd()).observe(log); // a phone's keyboard
+  document.addEventListener("visibilitychange", () => {
+    flush();
+    tellTimes();
+    if (!document.hidden) showUnread(0);
+  });
+  setInterval(tellTimes, 1000);
+  tellTimes();
+  fold([...messages.children]);
+  scrollToEnd();
+}
