@@ -46,6 +46,15 @@ def optional(name):
     return found and importlib.import_module(name)
 
 
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch):
+    """Keep your own settings, and the log lines of the test before, out of a test."""
+    for name in chat.Settings.model_fields:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(chat.Settings.model_config, "env_file", None)
+    chat.ONCE_PER_MINUTE.silent_until.clear()
+
+
 # --- Real parts: MongoDB ---
 class Mongod:
     """A real MongoDB server that can be frozen, killed and started again."""
@@ -226,7 +235,7 @@ class Process:
 
 
 def clean_environment():
-    names = {field.name for field in chat.fields(chat.Settings)}
+    names = chat.Settings.model_fields
     return {key: value for key, value in os.environ.items() if key not in names}
 
 
@@ -277,13 +286,29 @@ async def read(ws, *types):
             return event
 
 
+async def send(ws, text, nonce):
+    """Send a message and return the answer to it: a receipt or an error."""
+    await ws.send_json({"type": "message", "text": text, "nonce": nonce})
+    return await about(nonce, ws, "receipt", "error")
+
+
 async def say(ws, text, nonce=None):
-    """Send a message and return its receipt."""
+    """Send a new message; wait for its receipt and its broadcast, and return that."""
     nonce = nonce or str(ObjectId())
     await ws.send_json({"type": "message", "text": text, "nonce": nonce})
-    while (event := await read(ws, "message", "error")).get("nonce") != nonce:
+    answers = {}
+    while answers.keys() != {"receipt", "message"}:
+        event = await about(nonce, ws, "receipt", "message", "error")
+        assert event["type"] != "error", event
+        answers[event["type"]] = event
+    assert answers["receipt"]["id"] == answers["message"]["id"]
+    return answers["message"]
+
+
+async def about(nonce, ws, *types):
+    """Return the next event of one of these types that has this nonce."""
+    while (event := await read(ws, *types)).get("nonce") != nonce:
         pass
-    assert event["type"] == "message", event
     return event
 
 
