@@ -56,8 +56,8 @@ import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import aiohttp_jinja2
@@ -83,11 +83,6 @@ try:  # the same loop in C, if installed: up to 25 % cheaper per delivery
     from uvloop import new_event_loop
 except ImportError:
     from asyncio import new_event_loop
-
-try:  # Windows has no such limits
-    import resource
-except ImportError:
-    resource = None
 
 HERE = Path(__file__).parent
 log = logging.getLogger("chat")
@@ -178,22 +173,17 @@ async def own_origin(request: web.Request, handler) -> web.StreamResponse:
     """
     own, origin = request.app[SETTINGS].ORIGIN, request.headers.get("Origin")
     if not own:
-        # An attacker can point their own name at 127.0.0.1 (DNS rebinding). So without
-        # ORIGIN we answer only to what cannot be pointed: localhost and IP addresses.
-        if not is_local(request.host):
-            log.warning(
-                "Host %r is not an address of this chat; see ORIGIN", request.host
-            )
-            raise web.HTTPMisdirectedRequest(
-                text="The chat is not reached by this name. If it should be, set ORIGIN."
-            )
+        # An attacker can point any name of theirs at 127.0.0.1 (DNS rebinding). So
+        # answer only to addresses that are not theirs to point: localhost and numbers.
         own, origin = request.host, origin and origin.partition("://")[2]
-    unsafe = request.method not in {"GET", "HEAD", "OPTIONS"}
-    if (unsafe or request.match_info.route.name == "chat") and origin not in {
-        None,
-        own,
-    }:
-        log.warning("Origin %r is not %r; see ORIGIN", origin, own)
+        if not is_local(own):
+            log.warning("Host %r is not a local address; set ORIGIN", own)
+            text = "The chat does not know this address. To allow it, set ORIGIN."
+            raise web.HTTPMisdirectedRequest(text=text)
+    changes = request.method not in {"GET", "HEAD", "OPTIONS"}
+    is_socket = request.match_info.route.name == "chat"
+    if (changes or is_socket) and origin not in {None, own}:
+        log.warning("Origin %r is not %r; see the setting ORIGIN", origin, own)
         raise web.HTTPForbidden(text="This request came from another site.")
     return await handler(request)
 
@@ -282,15 +272,11 @@ async def with_deadline(query: Awaitable):
 def reason(error: BaseException) -> str:
     """Say briefly what is wrong, without the password that a URI may contain."""
     details = getattr(error, "details", None) or {}
-    return details.get("errmsg") or getattr(error, "sentence", type(error).__name__)
+    return details.get("errmsg") or type(error).__name__
 
 
 class StreamBroken(PyMongoError):
     """Changes may be missing: open the stream again and read what is there."""
-
-    def __init__(self, sentence: str) -> None:
-        super().__init__(sentence)
-        self.sentence = sentence
 
 
 class Database:
@@ -328,25 +314,19 @@ class Database:
         await self.processes.create_index("seen", expireAfterSeconds=45)
 
     async def create_unique_index(self, collection, *fields: str) -> None:
-        """Make an index that passes over documents that are not ours.
-
-        The index of the first edition did not, so it goes.
-        """
+        """Make an index that ignores foreign documents, unlike the first edition's."""
         with suppress(OperationFailure):
             await collection.drop_index("_".join(f"{name}_1" for name in fields))
-        await collection.create_index(
-            [(name, 1) for name in fields],
-            name=f"unique {fields[-1]}",
-            unique=True,
-            partialFilterExpression={fields[-1]: {"$type": "string"}},
-        )
+        options = {"name": f"unique {fields[-1]}", "unique": True}
+        options["partialFilterExpression"] = {fields[-1]: {"$type": "string"}}
+        await collection.create_index([(name, 1) for name in fields], **options)
 
 
 # What the room needs, and no more: never a new user, which carries a password's hash.
 PIPELINE = [{"$match": {"$or": [
     {"ns.coll": "messages", "operationType": {"$in": ["insert", "update", "replace"]}},
     {"ns.coll": "processes", "operationType": {"$in": ["insert", "replace", "delete"]}},
-    {"ns.coll": "processes", "updateDescription.updatedFields.names": {"$exists": True}},
+    {"updateDescription.updatedFields.names": {"$exists": True}},  # not only `seen`
     {"ns.coll": "users", "operationType": "delete"},
     {"operationType": {"$in": ["drop", "rename", "dropDatabase", "invalidate"]}},
 ]}}]  # fmt: skip
@@ -408,7 +388,7 @@ class MemoryDatabase(LocalDatabase):
         return result
 
     async def create_indexes(self) -> None:
-        """Make those for names only: receipts refuse a repeated message by themselves."""
+        """Leave out the one for messages: here, receipts refuse a repeated one."""
         await self.create_unique_index(self.users, "name_key")
         await self.create_unique_index(self.users, "email_key")
 
@@ -529,19 +509,17 @@ class User(Model):
         query = self.db.users.delete_one({"_id": user_id})
         await with_deadline(self.db.write(query, ("users", user_id, None)))
 
-    async def existing(self, user_ids: list[ObjectId]) -> set[ObjectId]:
-        found = self.db.users.find({"_id": {"$in": user_ids}}, ["_id"])
+    async def existing(self, user_ids: set[ObjectId]) -> set[ObjectId]:
+        found = self.db.users.find({"_id": {"$in": list(user_ids)}}, ["_id"])
         return {user["_id"] for user in await with_deadline(found.to_list(None))}
 
 
 # --- Messages ---
 def is_message(document: dict) -> bool:
+    """Tell our documents from foreign ones, such as `_id: 2.0`, which equals 2."""
     texts = (document.get(name) for name in ("user", "text", "nonce"))
-    return (
-        isinstance(document["_id"], int)  # not 2.0, which MongoDB calls equal to 2
-        and all(isinstance(text, str) for text in texts)
-        and isinstance(document.get("time"), datetime)
-    )
+    ours = type(document["_id"]) is int and isinstance(document.get("time"), datetime)
+    return ours and all(isinstance(text, str) for text in texts)
 
 
 class Message(Model):
@@ -564,7 +542,7 @@ class Message(Model):
                 "user_id": user["_id"],
                 "user": user["name"],
                 "text": text,
-                "time": datetime.now(timezone.utc),
+                "time": datetime.now(UTC),
                 "nonce": nonce,
             }
             try:
@@ -618,7 +596,7 @@ class Presence(Model):
     async def remove(self, process: ObjectId) -> None:
         await with_deadline(self.db.processes.delete_one({"_id": process}))
 
-    async def all(self) -> list[dict]:
+    async def entries(self) -> list[dict]:
         return await with_deadline(self.db.processes.find().to_list(None))
 
 
@@ -635,14 +613,14 @@ LONGEST_FIELD = 254  # characters: an email address has no more (RFC 5321)
 HASH_WAIT = 2.5  # seconds that a password waits for the others before it
 MALFORMED = (HttpProcessingError, web.RequestPayloadError)
 WHY = {
-    "cookie": "Your browser did not keep the cookie that signs you in. Allow cookies for "
-    "this address, or open the chat in a window of its own.",
-    "ended": "Your session has ended: you signed out or signed in again in another tab, "
-    "or the account is gone.",
+    "cookie": "Your browser did not keep the cookie that signs you in. Allow cookies "
+    "for this address, or open the chat in a window of its own.",
+    "ended": "Your session has ended: you signed out or signed in again in another "
+    "tab, or the account is gone.",
 }
 
 # Characters that end a web address: brackets, quotes, spaces, controls, and the
-# punctuation of typography and of East Asian scripts. Round brackets may enclose a part.
+# punctuation of typography and of East Asian scripts. Brackets may enclose a part.
 ENDS = r"()\s\x00-\x20\x7f-\xa0\u2000-\u206f\u3000-\u303f\ufeff\uff01-\uff0f<>\x22\x60"
 LINK = re.compile(rf"([Hh]ttps?://(?:[^{ENDS}]|\([^{ENDS}]*\))+(?<![.,:;!?'*_~|\]»]))")
 ANCHOR = Markup(
@@ -666,7 +644,7 @@ class TokenBucket:
         self.tokens, self.time = float(burst), time.monotonic()
 
     def take(self) -> float:
-        """Take a token and return 0; if there is none, return the seconds until then."""
+        """Take a token and return 0; if there is none, the seconds until there is."""
         now = time.monotonic()
         self.tokens += (now - self.time) * self.rate
         self.tokens, self.time = min(self.tokens, self.burst), now
@@ -677,7 +655,7 @@ class TokenBucket:
 
 
 def make_buckets(rate: float, burst: int) -> Callable:
-    """Return a function that returns the bucket of its arguments, the same each time."""
+    """Return a function that gives each key its bucket, the same one each time."""
 
     @functools.lru_cache(maxsize=10_000)  # beyond that, forget the longest unused
     def bucket(*key) -> TokenBucket:
@@ -700,7 +678,7 @@ class ChatList(Page):
     async def get(self) -> dict:
         before = read_number(self.request, "before")
         if before is None:
-            messages = self.request.app[ROOM].history.newest(PAGE)
+            messages = list(self.request.app[ROOM].history.events.values())[-PAGE:]
         else:
             found = await Message(self.request[DB]).newest(PAGE, before)
             messages = [to_event(message) for message in found]
@@ -888,7 +866,7 @@ class SignIn(Form):
         created = (
             user and isinstance(user["_id"], ObjectId) and user["_id"].generation_time
         )
-        if created and datetime.now(timezone.utc) - created < timedelta(minutes=1):
+        if created and datetime.now(UTC) - created < timedelta(minutes=1):
             return await self.authenticate(form)
         return None
 
@@ -911,7 +889,7 @@ def find_errors(form: dict[str, str]):
 
 
 def is_name(text: str) -> bool:
-    """Accept PRECIS usernames of letters, digits, _ and -, with at most two marks a row.
+    """Accept usernames of 3 to 32 letters, digits, _ and -, with two marks in a row.
 
     PRECIS alone takes `<b>ann</b>`, and 32 marks that cover the lines around them.
     """
@@ -936,24 +914,24 @@ class SignOut(web.View):
 #
 # One message, from key to screen:
 #
-#  browser              process A              MongoDB              process B    browser
-#    │ message (nonce) ──▶ │ insert number n + 1 ─▶ │                     │            │
-#    │ ◀── receipt (n + 1) │ ◀─────────────────────── │                     │            │
-#    │                     │ ◀────── change ──────── │ ────── change ─────▶ │            │
-#    │ ◀── message n + 1   │ broadcast               │           broadcast │ ─────────▶ │
+#  browser            process A             MongoDB             process B    browser
+#    │ message, nonce ──▶ │ insert number n+1 ──▶ │                   │           │
+#    │ ◀──── receipt, n+1 │ ◀──────────────────── │                   │           │
+#    │                    │ ◀────── change ────── │ ───── change ───▶ │           │
+#    │ ◀──── message, n+1 │ broadcast             │         broadcast │ ────────▶ │
 #
 # 1. Whoever inserts n + 1 has seen n. So numbers have no gap, and their order is the
 #    order of the stream, on every process.
-# 2. A message is broadcast only when it comes back as a change. So no one sees what is
-#    not stored.
+# 2. A message is broadcast only when it comes back as a change. So you never see what
+#    is not stored.
 # 3. If no receipt comes, the sender sends the same nonce again. It is stored once.
 # 4. A reader that comes back says the last number it has, and what it missed is
-#    replayed. A gap is visible to anyone who can count.
+#    replayed. A gap is visible to any client that can count.
 # ------------------------------------------------------------------------------
-PING = 30  # seconds; a connection that does not answer in half of that is cut
-HEARTBEAT = 20  # seconds between events that tell a page its connection is alive
-GRACE = 2  # seconds for which a name that has gone still counts: time for a reload
-PRESENCE_PAUSE = 0.5  # seconds between two writes of presence, when names change
+PING = 30  # seconds; a connection that is silent for half of that afterwards is cut
+HEARTBEAT = 20  # seconds between events that tell a page that its connection works
+GRACE = 2  # seconds for which a name that has gone still counts: time to reload
+PAUSE = 0.5  # seconds at least between two writes of presence, when names change
 RENEWAL = 15  # seconds between two writes of presence, when they do not
 TURNS = 6  # of the event loop from a batch's first frame to its flush
 
@@ -967,15 +945,9 @@ ERRORS = {
 
 def to_event(message: dict) -> dict:
     """Make the event of a stored message."""
-    moment = message["time"].isoformat(timespec="milliseconds")
-    return {
-        "type": "message",
-        "id": message["_id"],
-        "user": message["user"],
-        "text": message["text"],
-        "time": moment.replace("+00:00", "Z"),
-        "nonce": message["nonce"],
-    }
+    event = {"type": "message", "id": message["_id"], "user": message["user"]}
+    moment = message["time"].isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return event | {"text": message["text"], "time": moment, "nonce": message["nonce"]}
 
 
 def encode_frame(event: dict) -> bytes:
@@ -1001,69 +973,49 @@ class History:
     def __init__(self) -> None:
         self.events: dict[int, dict] = {}
         self.receipts: dict[tuple[ObjectId, str], int] = {}  # by user and nonce
-        self.last_broadcast = 0  # the newest number in `events`, which all have heard
-        self.last_stored = (
-            0  # the newest number stored here; the stream may still owe it
-        )
+        self.last_broadcast = 0  # the newest number that came back as a change
+        self.last_stored = 0  # the newest number that was saved here; it may be ahead
 
     def load(self, messages: list[dict]) -> list[dict]:
-        """Replace everything by what is stored, and return the events that differ.
+        """Replace everything by what is stored, and return the events that are new.
 
-        A number without a message, because a foreign document takes its place or an
-        operator deleted it, becomes a removed message: no page ever sees a gap.
+        A number without a message becomes a removed message, because a foreign document
+        took its place or an operator deleted it. So no page ever sees a gap.
         """
         known, self.events = self.events, {}
         stored = {message["_id"]: to_event(message) for message in messages}
-        last = max(stored, default=0)
-        event = stored.get(last)
-        for number in range(
-            max(min(stored, default=1), last - HISTORY_SIZE + 1), last + 1
-        ):
-            event = stored.get(number) or removed(event, number)
+        first, last = min(stored, default=1), max(stored, default=0)
+        event = stored.get(first)
+        for number in range(max(first, last - HISTORY_SIZE + 1), last + 1):
+            blank = {"id": number, "user": "", "text": "", "nonce": ""}
+            event = stored.get(number) or event | blank
             self.events[number] = event
         self.receipts = {(m.get("user_id"), m["nonce"]): m["_id"] for m in messages}
         self.last_broadcast = self.last_stored = last
-        return [
-            event for event in self.events.values() if known.get(event["id"]) != event
-        ]
+        return [e for number, e in self.events.items() if known.get(number) != e]
 
     def add(self, message: dict) -> dict | None:
         """Take a message from the stream. Return its event, or None if it is known.
 
-        A number further ahead means that we missed one. Raises StreamBroken.
+        A number that is further ahead means that one is missing. Raises StreamBroken.
         """
         event, number = to_event(message), message["_id"]
         if number > self.last_broadcast + 1:
-            raise StreamBroken(f"Message {number} came after {self.last_broadcast}")
+            raise StreamBroken(f"{number} came after {self.last_broadcast}")
         if self.events.get(number) == event:
             return None
         if number > self.last_broadcast:
             self.last_broadcast = number
-            self.events[number] = event
             self.events.pop(number - HISTORY_SIZE, None)
             self.remember(message.get("user_id"), event["nonce"], number)
-        elif number in self.events:  # an operator has taken it back
-            self.events[number] = event
+        if number > self.last_broadcast - HISTORY_SIZE:
+            self.events[number] = event  # a new one, or one that an operator took back
         return event
 
     def remember(self, user_id: ObjectId, nonce: str, number: int) -> None:
         self.receipts[user_id, nonce] = number
         if len(self.receipts) > HISTORY_SIZE:
             del self.receipts[next(iter(self.receipts))]  # the oldest
-
-    def newest(self, count: int) -> list[dict]:
-        return list(self.events.values())[-count:]
-
-    def after(self, number: int) -> list[dict]:
-        return [event for event in self.events.values() if event["id"] > number]
-
-    def removed(self) -> list[dict]:
-        return [event for event in self.events.values() if not event["text"]]
-
-
-def removed(event: dict, number: int) -> dict:
-    """Make the event of a number without a message, beside the event before it."""
-    return event | {"id": number, "user": "", "text": "", "nonce": ""}
 
 
 class Online:
@@ -1075,8 +1027,8 @@ class Online:
 
     def __init__(self) -> None:
         self.processes: dict[object, set[str]] = {}
-        self.names: set[str] = set()  # who has been announced
-        self.missing: dict[str, float] = {}  # those that no process has, since when
+        self.names: set[str] = set()  # announced as online
+        self.missing: dict[str, float] = {}  # those that no process has, and since when
 
     def changes(self) -> list[dict]:
         """Compare the union with what was announced; return `joined` and `left`."""
@@ -1092,29 +1044,26 @@ class Online:
 
 @dataclass(eq=False, slots=True)
 class Connection:
-    """One open WebSocket of a user. It is live once it hears what is broadcast."""
+    """One open WebSocket of a user. Once it is live, it hears what is broadcast."""
 
     ws: web.WebSocketResponse
     transport: asyncio.Transport
     user: dict
     live: bool = False
-    frames: list[bytes] = field(default_factory=list)  # for this connection only
 
-    def write(self, batch: bytes, limit: int) -> None:
-        """Write without waiting. Cut off a reader that leaves `limit` bytes unread.
+    def write(self, frames: bytes, limit: int) -> None:
+        """Write without waiting, and cut off a reader that leaves `limit` bytes unread.
 
         It gets everything when it comes back.
         """
-        if self.frames:
-            batch, self.frames = b"".join(self.frames) + batch, []
         if self.transport.get_write_buffer_size() > limit:
             self.transport.abort()
         elif not (self.ws.closed or self.transport.is_closing()):
-            self.transport.write(batch)  # nothing may follow a close frame
+            self.transport.write(frames)  # nothing may follow a close frame
 
 
 class Room:
-    """All connections of this process: join, post, broadcast."""
+    """The connections of this process, and what they need to know."""
 
     def __init__(self, db: Database, settings: Settings) -> None:
         self.db, self.settings = db, settings
@@ -1123,24 +1072,21 @@ class Room:
         self.deleted: set[ObjectId] = set()  # accounts, since the start
         self.bucket = make_buckets(settings.MESSAGES_PER_SECOND, settings.MESSAGE_BURST)
         self.saving = asyncio.Lock()
-        self.frames: list[bytes] = []  # for everyone, at the next flush
-        self.receivers: set[Connection] = set()  # those with frames of their own
-        self.people_changed = asyncio.Event()
-        self.flush_is_due = False
+        self.frames: list[bytes] = []  # waiting for the next flush
 
     # --- Entering and leaving ---
     def register(self, connection: Connection) -> None:
-        """Count a connection in before it is open. Raises HTTPTooManyRequests.
+        """Count a connection before it is open. Raises HTTPTooManyRequests.
 
-        Don't await between looking at the limit and adding: two handshakes at once
-        would both find the last free place.
+        Don't await between counting and adding: two handshakes at once would both find
+        the last free place.
         """
-        if connection.user["_id"] in self.deleted:
+        user_id, limit = connection.user["_id"], self.settings.CONNECTIONS_PER_PERSON
+        if user_id in self.deleted:
             raise web.HTTPForbidden(text="This account has been deleted.")
-        limit = self.settings.CONNECTIONS_PER_PERSON
-        if len(self.of(connection.user["_id"])) >= limit:
+        if len(self.of(user_id)) >= limit:
             text = (
-                f"You have {limit} windows of the chat open. Close one of them first."
+                f"You have {limit} windows of the chat open. Please close one of them."
             )
             raise web.HTTPTooManyRequests(text=text, headers={"Retry-After": "5"})
         self.connections.add(connection)
@@ -1148,36 +1094,27 @@ class Room:
     def of(self, user_id: ObjectId) -> list[Connection]:
         return [c for c in self.connections if c.user["_id"] == user_id]
 
-    async def replay(self, connection: Connection, after: int | None) -> None:
-        """Send what came after a number, at the reader's pace, until nothing is left."""
-        while after is not None and after < self.history.last_broadcast:
-            for event in self.history.after(after):
-                await connection.ws.send_json(event)
-                after = event["id"]
-
     def join(self, connection: Connection) -> None:
-        """Make a connection live. It has just been sent all that was broadcast.
+        """Make a connection live and welcome it.
 
         Don't await between the end of the replay and `live`, or it would miss what is
-        broadcast meanwhile. Flush first: what waits for the flush has been replayed. And
-        repeat what is removed: that may have happened after its replay.
+        broadcast meanwhile. Flush first: what waits there has just been replayed. And
+        repeat which messages are removed: one may have been removed after its replay.
         """
         self.flush()
         connection.live = True
-        for event in self.history.removed():
-            self.send(connection, event)
-        name = connection.user["name"]
-        online, last = sorted(self.online.names | {name}), self.history.last_broadcast
+        for event in self.history.events.values():
+            if not event["text"]:
+                self.send(connection, event)
+        name, last = connection.user["name"], self.history.last_broadcast
+        online = sorted(self.online.names | {name})
         welcome = {"type": "welcome", "user": name, "online": online, "last": last}
         self.send(connection, welcome)
-        self.people_changed.set()
 
     def leave(self, connection: Connection) -> None:
         self.connections.discard(connection)
-        self.people_changed.set()
 
     def names(self) -> list[str]:
-        """Return the names of the people whose connections are live."""
         return sorted({c.user["name"] for c in self.connections if c.live})
 
     # --- Messages in ---
@@ -1187,8 +1124,8 @@ class Room:
         Raises DATABASE_ERRORS: then it may be stored or not, and the sender finds out
         by sending it again with the same nonce.
         """
+        history = self.history
         async with self.saving:  # two at once would only compete for the number
-            history = self.history
             if number := history.receipts.get((user["_id"], nonce)):
                 return number
             last = max(history.last_broadcast, history.last_stored)
@@ -1199,25 +1136,18 @@ class Room:
             return number
 
     # --- Events out ---
+    def send(self, connection: Connection, event: dict) -> None:
+        connection.write(encode_frame(event), self.settings.MAX_UNSENT_BYTES)
+
     def broadcast(self, event: dict) -> None:
         """Send an event to all live connections, soon, without waiting for any of them.
 
-        A system call costs about 5 µs, the rest of a delivery less than one. So encode a
-        frame once for all, and let it wait for those that are about to come; then they
-        are sent together, one write per connection.
+        A system call costs about 5 µs, the rest of a delivery less than one. So encode
+        a frame once for all, and let it wait some turns of the event loop for others
+        that are about to come. Then send them together, one write per connection.
         """
         self.frames.append(encode_frame(event))
-        self.schedule_flush()
-
-    def send(self, connection: Connection, event: dict) -> None:
-        """Send an event to one connection, with the next flush."""
-        connection.frames.append(encode_frame(event))
-        self.receivers.add(connection)
-        self.schedule_flush()
-
-    def schedule_flush(self) -> None:
-        if not self.flush_is_due:
-            self.flush_is_due = True
+        if len(self.frames) == 1:
             self.flush_in(TURNS)
 
     def flush_in(self, turns: int) -> None:
@@ -1225,29 +1155,27 @@ class Room:
         later(self.flush_in, turns - 1) if turns else self.flush()
 
     def flush(self) -> None:
-        batch, limit = b"".join(self.frames), self.settings.MAX_UNSENT_BYTES
-        for connection in self.connections if batch else self.receivers:
-            if connection.live:
-                connection.write(batch, limit)
+        frames, limit = b"".join(self.frames), self.settings.MAX_UNSENT_BYTES
         self.frames.clear()
-        self.receivers.clear()
-        self.flush_is_due = False
+        for connection in self.connections if frames else ():
+            if connection.live:
+                connection.write(frames, limit)
 
-    # --- Ending ---
-    async def close(self, connections: list[Connection], code: int) -> None:
-        """Close these connections with a code, all at the same time.
 
-        Don't wait until their readers have taken everything (drain): a stalled reader
-        would block us. What is unread after a second is dropped.
-        """
-        closing = [c.ws.close(code=code, drain=False) for c in connections]
-        await asyncio.gather(*closing, return_exceptions=True)
-        for connection in connections:
-            connection.transport.abort()
+async def close(connections: list[Connection], code: int) -> None:
+    """Close connections with a code, all at the same time.
+
+    Don't wait until their readers have taken everything (drain): a stalled reader would
+    block us. What is unread after a second is dropped.
+    """
+    closing = [c.ws.close(code=code, drain=False) for c in connections]
+    await asyncio.gather(*closing, return_exceptions=True)
+    for connection in connections:
+        connection.transport.abort()
 
 
 class Follower:
-    """Follow the database, and tell the room: the one path by which anything is told."""
+    """Follow the database and tell the room: there is no other path to a broadcast."""
 
     def __init__(self, room: Room) -> None:
         self.room, self.db, self.presence = room, room.db, Presence(room.db)
@@ -1277,93 +1205,84 @@ class Follower:
     async def catch_up(self) -> None:
         """Read what was written before the stream was open, and broadcast what is new.
 
-        What is written meanwhile comes again in the stream, and is known by its number.
+        What is written meanwhile comes again in the stream; its number is known then.
         """
         messages, room = Message(self.db), self.room
-        await messages.look_for_foreign()
         for event in room.history.load(await messages.newest(HISTORY_SIZE)):
             room.broadcast(event)
-        user_ids = list({c.user["_id"] for c in room.connections})
-        for user_id in set(user_ids) - await User(self.db).existing(user_ids):
+        await messages.look_for_foreign()
+        user_ids = {connection.user["_id"] for connection in room.connections}
+        for user_id in user_ids - await User(self.db).existing(user_ids):
             self.expel(user_id)
-        documents = {
-            document["_id"]: document for document in await self.presence.all()
-        }
-        for process in room.online.processes.keys() | documents.keys():
-            self.hear_names(process, documents.get(process))
-        self.written = None  # write ours again
+        written = {entry["_id"]: entry for entry in await self.presence.entries()}
+        for process in room.online.processes.keys() | written.keys():
+            self.hear_names(process, written.get(process))
         self.caught_up.set()
 
     def apply(self, collection: str, key, document: dict | None) -> None:
         match collection:
-            case "messages" if document and not is_message(document):
-                pass_over(collection, key)
-            case "messages" if document:
+            case "messages" if document and is_message(document):
                 if event := self.room.history.add(document):
                     self.room.broadcast(event)
+            case "messages" if document:
+                pass_over(collection, key)
             case "users" if document is None:
                 self.expel(key)
             case "processes":
                 self.hear_names(key, document)
 
     def expel(self, user_id: ObjectId) -> None:
-        """End the connections of a deleted account, also those that are just opening."""
+        """End a deleted account's connections, also those that are just opening."""
         self.room.deleted.add(user_id)
-        closing = self.room.close(self.room.of(user_id), WSCloseCode.POLICY_VIOLATION)
-        task = asyncio.create_task(closing)
-        self.expelling.add(task)  # or it might be collected before it is done
+        connections = self.room.of(user_id)
+        task = asyncio.create_task(close(connections, WSCloseCode.POLICY_VIOLATION))
+        self.expelling.add(task)  # or it could be collected before it is done
         task.add_done_callback(self.expelling.discard)
 
     # --- Presence ---
-    def hear_names(self, process, document: dict | None) -> None:
-        """Take the names that a process has written; None if its document is gone."""
-        names = document.get("names") if document else []
+    def hear_names(self, process, entry: dict | None) -> None:
+        """Take the names that a process has written; None if its entry is gone."""
+        names = entry.get("names") if entry else []
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            return pass_over("processes", process)
-        if process == self.process:
-            # Ours was removed, or an earlier write of ours landed late: write it again.
-            if names != self.room.names():
-                self.written = None
-        elif document:
+            pass_over("processes", process)
+        elif process != self.process:
             self.room.online.processes[process] = set(names)
-        else:
-            self.room.online.processes.pop(process, None)
-        self.announce()
+            self.announce()
+        elif names != self.room.names():
+            self.written = (
+                None  # removed, or an old write that landed late: repeat ours
+            )
 
     def announce(self) -> None:
-        """Tell who has come and who has been gone for GRACE seconds."""
+        """Tell who has come, and who has been gone for GRACE seconds."""
         self.room.online.processes[self.process] = set(self.room.names())
         for event in self.room.online.changes():
             self.room.broadcast(event)
 
     async def keep_presence(self) -> None:
-        """Announce and write our people's names when they change, and renew them.
+        """Announce our people when they change; write their names, and renew them.
 
-        At once, then twice a second at most: a crowd that joins is a single write.
+        A few times a second at most: a crowd that joins is a single write.
         """
-        due = 0.0
+        renewed = 0.0
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(PRESENCE_PAUSE):
-                    await self.room.people_changed.wait()
-            self.room.people_changed.clear()
             self.announce()
             names, now = self.room.names(), time.monotonic()
-            if not self.db.shared or (names == self.written and now < due):
-                continue
-            try:
-                await self.presence.write(self.process, names)
-                self.written, due = names, now + RENEWAL
-            except DATABASE_ERRORS as error:  # the next round tries again
-                log.warning("Presence could not be written: %s", reason(error))
-            await asyncio.sleep(PRESENCE_PAUSE)
+            if self.db.shared and (names != self.written or now - renewed > RENEWAL):
+                try:
+                    await self.presence.write(self.process, names)
+                    self.written, renewed = names, now
+                except DATABASE_ERRORS as error:  # the next round tries again
+                    log.warning("Presence could not be written: %s", reason(error))
+            await asyncio.sleep(PAUSE)
 
-    async def keep_alive(self) -> None:
-        """Let pages know that their connection works, and the newest number."""
-        while True:
-            await asyncio.sleep(HEARTBEAT)
-            last = self.room.history.last_broadcast
-            self.room.broadcast({"type": "heartbeat", "last": last})
+
+async def keep_alive(room: Room) -> None:
+    """Tell pages that their connection works, and the newest number."""
+    while True:
+        await asyncio.sleep(HEARTBEAT)
+        last = room.history.last_broadcast
+        room.broadcast({"type": "heartbeat", "last": last})
 
 
 class WebSocket(Page):
@@ -1373,7 +1292,7 @@ class WebSocket(Page):
         after, room = read_number(self.request, "after"), self.request.app[ROOM]
         ws = web.WebSocketResponse(
             heartbeat=PING,
-            autoping=False,  # a ping of the client costs a token, like any frame
+            autoping=False,  # a client's ping costs a token, like any frame
             timeout=1,  # seconds that closing waits for the other side
             compress=False,  # a compressor per reader would halve the speed
             # JSON may write a character as 12: twice \uXXXX. Above that: 1009.
@@ -1383,7 +1302,7 @@ class WebSocket(Page):
         room.register(connection)
         try:
             await ws.prepare(self.request)
-            await room.replay(connection, after)
+            await self.replay(connection, after)
             room.join(connection)
             await self.receive(connection)
         except ConnectionResetError:
@@ -1392,38 +1311,46 @@ class WebSocket(Page):
             room.leave(connection)
         return ws
 
+    async def replay(self, connection: Connection, after: int | None) -> None:
+        """Send what came after a number, at the reader's pace, until none is left."""
+        history = self.request.app[ROOM].history
+        while after is not None and after < history.last_broadcast:
+            for event in [e for number, e in history.events.items() if number > after]:
+                await connection.ws.send_json(event)
+                after = event["id"]
+
     async def receive(self, connection: Connection) -> None:
-        """Take frames as fast as the limit allows: one token of its person for each.
+        """Take frames as fast as the limit allows: each costs its person one token.
 
-        Who sends faster is not read, and TCP holds them back: no frame costs more than
-        its token, whatever is in it, and nobody has to send anything again.
+        The limit is how fast we read. TCP holds a faster sender back, so no frame costs
+        others more than its token, and nobody has to send anything again.
         """
-        bucket = connection.user["_id"]
+        room = self.request.app[ROOM]
+        bucket = room.bucket(connection.user["_id"])
         async for frame in connection.ws:
-            while wait := self.request.app[ROOM].bucket(bucket).take():
+            while wait := bucket.take():
                 await asyncio.sleep(wait)
-            if frame.type is WSMsgType.ERROR:
-                break  # a frame too big, or a connection that broke
-            await self.handle(connection, frame)
+            match frame.type:
+                case WSMsgType.TEXT | WSMsgType.BINARY:
+                    reply = await self.answer(connection.user, read_event(frame))
+                    room.send(connection, reply)
+                case WSMsgType.PING:
+                    await connection.ws.pong(frame.data)
+                case WSMsgType.ERROR:  # a frame too big, or a connection that broke
+                    break
 
-    async def handle(self, connection: Connection, frame) -> None:
-        """Store a message and send the receipt, or say what is wrong with it."""
-        if frame.type is WSMsgType.PING:
-            await connection.ws.pong(frame.data)
-        if frame.type in (WSMsgType.PING, WSMsgType.PONG):
-            return
-        event, room = read_event(frame), self.request.app[ROOM]
+    async def answer(self, user: dict, event: dict) -> dict:
+        """Store a message and return its receipt, or else an error."""
+        room = self.request.app[ROOM]
         if code := validate_event(event, room.settings.MAX_MESSAGE_LENGTH):
-            return room.send(connection, error_event(code, event))
+            return error_event(code, event)
         nonce = event["nonce"]
         try:
-            number = await with_deadline(
-                room.post(connection.user, event["text"], nonce)
-            )
-            room.send(connection, {"type": "receipt", "nonce": nonce, "id": number})
+            number = await with_deadline(room.post(user, event["text"], nonce))
         except DATABASE_ERRORS as error:
             log.warning("A message was not saved: %s", reason(error))
-            room.send(connection, error_event("not_saved", event))
+            return error_event("not_saved", event)
+        return {"type": "receipt", "nonce": nonce, "id": number}
 
 
 def read_event(frame) -> dict:
@@ -1451,23 +1378,20 @@ def validate_event(event: dict, max_length: int) -> str | None:
     return "empty" if is_blank(text) else None
 
 
-# These letters and symbols show as nothing, as do separators and control characters.
+# These letters and symbols show as nothing, like separators and control characters.
 INVISIBLE = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 INVISIBLE |= {chr(n) for n in (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10))}
 
 
 def is_blank(text: str) -> bool:
     kinds = {"Cc", "Cf", "Zl", "Zp", "Zs"}
-    return all(unicodedata.category(c) in kinds or c in INVISIBLE for c in text)
+    return all(c in INVISIBLE or unicodedata.category(c) in kinds for c in text)
 
 
 def error_event(code: str, event: dict) -> dict:
-    """Say what is wrong, with the nonce wherever there is one, so a page knows which."""
-    error, nonce = (
-        {"type": "error", "code": code, "text": ERRORS[code]},
-        event.get("nonce"),
-    )
-    return error | ({"nonce": nonce} if isinstance(nonce, str) else {})
+    """Say what is wrong, with the nonce if there is one: it tells with which message."""
+    nonce = {"nonce": event["nonce"]} if isinstance(event.get("nonce"), str) else {}
+    return {"type": "error", "code": code, "text": ERRORS[code]} | nonce
 
 
 # ------------------------------------------------------------------------------
@@ -1518,8 +1442,8 @@ def add_routes(app: web.Application) -> None:
 # 7. Startup and shutdown
 #
 # What starts before the first request ends after the last one, in reverse: a
-# `cleanup_ctx` has both halves in one function, around its `yield`. At the end, aiohttp
-# stops listening, runs `on_shutdown`, waits for the handlers, and resumes at the yields.
+# `cleanup_ctx` has both halves in one function, around its `yield`. At the end aiohttp
+# stops listening, runs `on_shutdown`, waits for handlers, and resumes at the yields.
 # ------------------------------------------------------------------------------
 async def run_database(app: web.Application) -> AsyncIterator[None]:
     app[DATABASE] = await open_database(app[SETTINGS])
@@ -1530,7 +1454,7 @@ async def run_database(app: web.Application) -> AsyncIterator[None]:
 async def run_room(app: web.Application) -> AsyncIterator[None]:
     app[ROOM] = room = Room(app[DATABASE], app[SETTINGS])
     follower = Follower(room)
-    work = follower.follow(), follower.keep_presence(), follower.keep_alive()
+    work = follower.follow(), follower.keep_presence(), keep_alive(room)
     tasks = [asyncio.create_task(one) for one in work]
     for task in tasks:
         task.add_done_callback(functools.partial(report, app))
@@ -1559,8 +1483,7 @@ def report(app: web.Application, task: asyncio.Task) -> None:
 
 
 async def close_room(app: web.Application) -> None:
-    room = app[ROOM]
-    await room.close(list(room.connections), WSCloseCode.GOING_AWAY)
+    await close(list(app[ROOM].connections), WSCloseCode.GOING_AWAY)
 
 
 class OncePerMinute(logging.Filter):
@@ -1680,19 +1603,19 @@ def run(settings: Settings) -> None:
             loop=new_event_loop(),
         )
     except (OSError, UnicodeError) as error:
-        raise CannotStart(
-            f"HOST {settings.HOST!r} and PORT {settings.PORT} must be an address of this "
-            f"machine and a free port ({error})"
-        ) from None
+        address = f"HOST {settings.HOST!r} and PORT {settings.PORT}"
+        problem = f"must be an address of this machine and a free port ({error})"
+        raise CannotStart(f"{address} {problem}") from None
 
 
 def raise_descriptor_limit() -> None:
     """Allow as many connections as the system lets us: macOS starts with 256 files."""
-    if resource:
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource
+
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with suppress(ValueError, OSError):
-            wanted = hard if hard != resource.RLIM_INFINITY else 65_536
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        wanted = hard if 0 < hard < 1 << 30 else 10_240
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def print_addresses(text: str) -> None:
