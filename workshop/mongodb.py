@@ -1,9 +1,20 @@
-"""Find a real MongoDB server, for the notebook and the tests."""
+"""Find a real MongoDB server, and run one for as long as it is needed."""
 
+import asyncio
+import contextlib
 import importlib.util
+import os
 import shutil
+import socket
 import stat
+import subprocess
+import tempfile
 from pathlib import Path
+
+NO_MONGODB = (
+    "There is no MongoDB here. Set MONGO_HOST to the URI of a replica set, or see "
+    "«Many processes, one room» in the README; then run this cell again."
+)
 
 
 def find_mongod() -> str | None:
@@ -17,3 +28,46 @@ def find_mongod() -> str | None:
             path.chmod(path.stat().st_mode | stat.S_IXUSR)
             return str(path)
     return None
+
+
+@contextlib.asynccontextmanager
+async def replica_set():
+    """Give the URI of a replica set: of MONGO_HOST, or one of our own; None if none."""
+    import pymongo  # here, so that looking for a server does not load the driver
+
+    if uri := os.environ.get("MONGO_HOST"):
+        async with pymongo.AsyncMongoClient(uri, serverSelectionTimeoutMS=3000) as one:
+            hello = {}
+            with contextlib.suppress(pymongo.errors.PyMongoError):
+                hello = await one.admin.command("hello")
+        yield uri if hello.keys() & {"setName", "msg"} else None
+        return
+    if not find_mongod():
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        options = ["--replSet", "rs0", "--bind_ip", "127.0.0.1", "--quiet"]
+        command = [find_mongod(), *options, "--port", str(port), "--dbpath", folder]
+        # In a thread: the event loop of a notebook on Windows starts no processes.
+        server = await asyncio.to_thread(
+            subprocess.Popen, command, stdout=subprocess.DEVNULL
+        )
+        config = {"_id": "rs0", "members": [{"_id": 0, "host": f"127.0.0.1:{port}"}]}
+        try:
+            hello = {}
+            client = pymongo.AsyncMongoClient("127.0.0.1", port, directConnection=True)
+            async with client:
+                await client.admin.command("replSetInitiate", config)
+                while not hello.get("isWritablePrimary"):
+                    hello = await client.admin.command("hello")
+            yield f"mongodb://127.0.0.1:{port}/?replicaSet=rs0"
+        finally:
+            server.kill()
+            await asyncio.to_thread(server.wait)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

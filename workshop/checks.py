@@ -1,0 +1,321 @@
+"""The checks of the exercises. They say what an attempt lacks, and never the answer."""
+
+import ast
+import asyncio
+import contextlib
+import functools
+import inspect
+import re
+import textwrap
+from types import FunctionType
+
+from workshop import scenarios
+from workshop.copies import NOT_ATTEMPTED, Page
+from workshop.people import quiet
+from workshop.scenarios import Lacking, heard, need, need_order
+from workshop.tiny import fresh, functions_of, is_ours, little, page, stall, step
+
+OURS = "  From here on the notebook uses its own solution, until yours passes."
+
+
+# --- How a check is run ---
+def is_stub(attempt) -> bool:
+    """Tell an attempt that still has a `...` or a `…` to replace."""
+    if attempt is NOT_ATTEMPTED:
+        return True
+    if isinstance(attempt, FunctionType):
+        return any(map(has_gap, functions_of(attempt)))
+    return inspect.isclass(attempt) and has_gap(attempt)
+
+
+def has_gap(thing) -> bool:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return any(node.value is Ellipsis for node in nodes)
+
+
+async def verdict(function, *attempts, seconds: float = 20) -> str:
+    """Run a check. Return what it says: nothing lacks where it begins with ✓."""
+    if any(map(is_stub, attempts)):
+        return "○ Not attempted yet: there is a gap to fill."
+    try:
+        async with asyncio.timeout(seconds):
+            await function(*attempts)
+    except Lacking as error:
+        return f"✗ Not yet. {error}"
+    except TimeoutError as error:
+        return f"✗ Not yet. {error or f'It takes more than {seconds} s.'}"
+    except Exception as error:  # an attempt may raise anything
+        return f"✗ Not yet. It raised {type(error).__name__}: {error}"
+    return "✓ Done."
+
+
+def task(name: str, function: str = "talk"):
+    """Make a check of a step of part A. It returns what the notebook goes on with:
+
+    the attempt if it passes, our own solution of that name if not.
+    """
+
+    def decorate(check):
+        @functools.wraps(check)
+        async def run(*attempts):
+            if any(map(is_ours, attempts[:1])):  # the cell was run a second time
+                attempts = (NOT_ATTEMPTED,)
+            said = await verdict(check, *attempts)
+            passed = said.startswith("✓")
+            print(said if passed else f"{said}\n{OURS}")
+            if passed:
+                return attempts[0]
+            return step(name, function) if name else page
+
+        return run
+
+    return decorate
+
+
+class trying:
+    """Serve an attempt; what its handler raises, or forgets to await, is named."""
+
+    def __init__(self, talk) -> None:
+        self.block = little(talk)
+
+    async def __aenter__(self):
+        self.server = await self.block.__aenter__()
+        return self.server
+
+    async def __aexit__(self, kind, error, traceback):
+        complaints = self.server.complaints
+        await self.block.__aexit__(kind, error, traceback)
+        for line in complaints:
+            found = re.search(r"coroutine '(?:\w+\.)*(\w+)' was never awaited", line)
+            need(not found, f"`{found and found[1]}` was called and never awaited.")
+            _, raised, cause = line.partition("rror handling request")
+            cause = cause.partition(": ")[2]
+            need(not raised, f"Your handler raised {cause}")
+
+
+# --- Part A, step by step ---
+@task("echo")
+async def echo(talk) -> None:
+    async with trying(talk) as server:
+        ann = await server.join("ann")
+        for number in 1, 2:
+            event = {
+                "type": "message",
+                "text": f"Echo {number}?",
+                "nonce": f"n-{number}",
+            }
+            with contextlib.suppress(ConnectionResetError):  # has the handler ended?
+                await ann.send(**event)
+            await quiet(0.05)
+            need(len(ann.heard) <= number, f"One frame went in, {len(ann.heard)} came.")
+            need(
+                ann.heard[number - 1 :],
+                f"Frame {number} went in, and nothing came back.",
+            )
+            back = ann.heard[number - 1]
+            back = back.get("raw", back)
+            need(back == event, f"Back came {back} instead of {event}.")
+
+
+awaited = echo
+
+
+@task("broadcast_ghosts")
+async def broadcast(talk) -> None:
+    async with trying(talk) as server:
+        ann, bob = await server.join("ann"), await server.join("bob")
+        await ann.send(type="message", text="Anyone here?", nonce="n-1")
+        await quiet(0.05)
+        need(bob.heard, "Ann said something, and Bob heard nothing.")
+        need(ann.heard, "Ann has to hear her own words too: then she knows they left.")
+        need(
+            len(bob.heard) == 1, f"Ann said one thing, and Bob heard {len(bob.heard)}."
+        )
+
+
+@task("broadcast")
+async def no_ghosts(talk) -> None:
+    async with trying(talk) as server:
+        for leave in "disconnect", "break_off":
+            guest = await server.join("eve")
+            await getattr(guest, leave)()
+            await quiet(0.05)
+            ghosts = len(server.connections)
+            need(
+                not ghosts,
+                f"Eve has left, and the server still holds {ghosts} of hers.",
+            )
+    async with little(talk) as server:  # its handler has to raise here
+        ann, eve = await server.join("ann"), await server.join("eve")
+        await eve.ws.send_str("this is not JSON")
+        await quiet(0.05)
+        need(
+            len(server.connections) < 2,
+            "Eve sent a frame that is not JSON. `frame.json()` raised, and what stands "
+            "after the loop was never run.",
+        )
+        need(server.connections, "Eve's end has taken Ann's connection along.")
+        await ann.send(type="message", text="Still here?", nonce="n-1")
+        await quiet(0.05)
+        need(ann.heard, "Eve has gone, and Ann cannot speak any more.")
+
+
+@task("names")
+async def names(talk) -> None:
+    async with trying(talk) as server:
+        bob = await server.join("bob")
+        need(bob.heard, "Bob came, and nobody was told: no `joined` was sent.")
+        ann = await server.join("ann")
+        joined = bob.heard[-1]
+        wanted = {"type": "joined", "user": "ann"}
+        need(joined == wanted, f"Ann came, and Bob heard {joined} instead of {wanted}.")
+        await ann.send(type="message", text="Hi", nonce="n-1", user="bob")
+        await quiet(0.05)
+        said = bob.heard[-1]
+        need(said.get("type") == "message", f"Ann said Hi, and Bob heard {said}.")
+        need("user" in said, "The message does not say who wrote it.")
+        need(
+            said["user"] == "ann",
+            f"Ann wrote, and the message says {said['user']}: she had sent "
+            '"user": "bob" along. Your own value has to win.',
+        )
+        await ann.break_off()
+        await quiet(0.05)
+        left, wanted = bob.heard[-1], {"type": "left", "user": "ann"}
+        need(left != said, "Ann has gone, and nobody was told: no `left` was sent.")
+        need(left == wanted, f"Ann left, and Bob heard {left} instead of {wanted}.")
+
+
+@task("")
+async def as_text(mine) -> None:
+    need(isinstance(mine, Page), "It should be a page: what `edit` returns.")
+    changed = [
+        line
+        for line in mine.splitlines()
+        if "text" in line and line not in page.splitlines()
+    ]
+    line = changed[0].strip() if changed else "words.textContent = text;"
+    need("innerHTML" not in mine, "`innerHTML` reads the text as markup.")
+    plain = r"\.textContent\s*=|\.innerText\s*=|\.append\(|createTextNode\("
+    need(re.search(plain, line), f"`{line}` does not show the text.")
+
+
+@task("me", "me")
+async def me(attempt) -> None:
+    for text in "/me waves", "hello", "what is /me for?", "/method", "/me":
+        event = {"type": "message", "text": text, "nonce": "n-1"}
+        back = attempt("ann", dict(event))
+        need(isinstance(back, dict), f"It should return an event, not {back!r}.")
+        wanted = "* ann waves" if text == "/me waves" else text
+        got = back.get("text")
+        if text == "/me waves":
+            need(got == wanted, f"Bob should hear {wanted!r}, not {got!r}.")
+        need(got == wanted, f"{text!r} is an ordinary message, not {got!r}.")
+        rest = back | {"text": text} == event
+        need(rest, f"Only the text should change; it returned {back}.")
+
+
+@task("history_slice")
+async def history(talk) -> None:
+    async with trying(talk) as server:
+        ann, bob = await server.join("ann"), await server.join("bob")
+        await ann.say("one")
+        need(ann.messages()[0].get("id") == 1, "The first message should have `id` 1.")
+        await bob.break_off()
+        for text in "two", "three":
+            await ann.say(text)
+        await bob.come_back(after=1)
+        await heard(bob, 3)
+        again = bob.texts().count("one")
+        need(again == 1, "Bob said `after=1`, and was told number 1 once more.")
+        need_order(bob, 3)
+        eve = await server.join("eve")
+        await heard(eve, 3)
+        need_order(eve, 3)
+
+
+@task("history")
+async def nothing_between(talk) -> None:
+    async with trying(talk) as server:
+        await scenarios.come_back_while_they_talk(server)
+    async with trying(talk) as server:
+        await scenarios.come_back_and_miss_nothing(server)
+
+
+@task("receipts_twice")
+async def receipt(talk) -> None:
+    async with trying(talk) as server:
+        ann, bob = await server.join("ann"), await server.join("bob")
+        await ann.send(type="message", text="Pay 100 to Bob.", nonce="n-1")
+        await heard(bob, 1, 1)
+        got = [event for event in ann.heard if event["type"] == "receipt"]
+        need(got, "Ann's message is stored, and no receipt came.")
+        wanted = {"type": "receipt", "nonce": "n-1", "id": 1}
+        need(got == [wanted], f"Ann got {got} instead of one {wanted}.")
+        await quiet(0.05)
+        others = [event for event in bob.heard if event["type"] == "receipt"]
+        need(not others, "Bob got Ann's receipt: it is for its sender only.")
+
+
+@task("receipts")
+async def once(talk) -> None:
+    for scenario in scenarios.LOSING_NOTHING:
+        async with trying(talk) as server:
+            await scenario(server)
+
+
+@task("typing")
+async def typing(talk) -> None:
+    async with trying(talk) as server:
+        ann, bob = await server.join("ann"), await server.join("bob")
+        await ann.send(type="typing", user="bob")
+        await quiet(0.05)
+        notices = [event for event in bob.heard if event["type"] == "typing"]
+        need(not server.messages, "A notice is no message: it should not be stored.")
+        need(notices, "Ann is typing, and Bob hears nothing of it.")
+        wanted = {"type": "typing", "user": "ann"}
+        need(notices == [wanted], f"Bob heard {notices} instead of one {wanted}.")
+        need((await ann.say("hi"))["id"] == 1, "After a notice, messages fail.")
+    for scenario in scenarios.LOSING_NOTHING:
+        async with trying(talk) as server:
+            await scenario(server)
+
+
+@task("writes_unbounded")
+async def waiting_for_nobody(talk) -> None:
+    for scenario in scenarios.LOSING_NOTHING + scenarios.WAITING_FOR_NOBODY:
+        async with trying(talk) as server:
+            await scenario(server)
+
+
+async def bounded(broadcast, talk):
+    """Check a `broadcast` inside the handler that calls it."""
+    return await check_bound(fresh(talk, broadcast=broadcast, __name__="__main__"))
+
+
+@task("writes")
+async def check_bound(talk) -> None:
+    kibibytes = max(await stall(talk))
+    need(kibibytes < 1024, f"For Bob, who does not read, {kibibytes:.0f} KiB wait.")
+    for scenario in scenarios.LOSING_NOTHING + scenarios.WAITING_FOR_NOBODY:
+        async with trying(talk) as server:
+            await scenario(server)
+
+
+# --- A scoreboard for the 24 lines ---
+async def tried(talk, *more) -> None:
+    """Run every scenario on a handler, and print what holds."""
+    source = [
+        line for f in functions_of(talk) for line in inspect.getsource(f).split("\n")
+    ]
+    count = sum(bool(line.strip()) for line in source) + 1
+    print(f"{count} lines, with the one that makes the empty lists:")
+    for scenario in (*scenarios.LOSING_NOTHING, *more):
+
+        async def run(talk, scenario=scenario):
+            async with trying(talk) as server:
+                await scenario(server)
+
+        said = await verdict(run, talk)
+        print(said[0], scenario.__doc__, said[2:] if said[0] != "✓" else "")

@@ -1,0 +1,73 @@
+"""Break a copy, never the original."""
+
+import importlib.util
+import inspect
+import itertools
+import linecache
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import FunctionType
+
+import chat
+from workshop.sources import difference
+
+COPIES = tempfile.TemporaryDirectory(prefix="chat-")
+FILES = "chat.py", "templates", "static"
+GAP = "…"  # what a learner has to replace
+numbers = itertools.count(1)
+
+
+class Page(str):
+    """The text of a page that `edit` can change."""
+
+
+class NotAttempted:
+    """Stand for a copy whose `…` has not been replaced yet."""
+
+
+NOT_ATTEMPTED = NotAttempted()
+
+
+def edit(old: str, new: str, file: str = "chat.py", of=chat, **names):
+    """Return a copy with one piece of it replaced, and show the difference.
+
+    `of` is the chat, a handler, a page, or a copy that `edit` returned. `names` are
+    what a handler needs beside its own. Raises ValueError if the piece is not there
+    exactly once.
+    """
+    if new.strip() == GAP or of is NOT_ATTEMPTED:
+        return NOT_ATTEMPTED
+    if isinstance(of, Page):
+        return Page(replace("the page", of, old, new))
+    if isinstance(of, FunctionType):
+        source = replace("your handler", inspect.getsource(of), old, new)
+        return define(source, of, names)
+    folder = Path(tempfile.mkdtemp(dir=COPIES.name))
+    for name in FILES:
+        copy = shutil.copytree if (of.HERE / name).is_dir() else shutil.copy
+        copy(of.HERE / name, folder / name)
+    before = (folder / file).read_text("utf-8")
+    (folder / file).write_text(replace(file, before, old, new), "utf-8")
+    spec = importlib.util.spec_from_file_location(folder.name, folder / "chat.py")
+    sys.modules[folder.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def replace(title: str, text: str, old: str, new: str) -> str:
+    if text.count(old) != 1:
+        raise ValueError(f"{title} has {old!r} {text.count(old)} times, not once")
+    after = text.replace(old, new)
+    difference(f"A copy of {title}", text, after)
+    return after
+
+
+def define(source: str, like: FunctionType, names: dict) -> FunctionType:
+    """Run the source of a function beside the names that another one uses."""
+    file = f"<copy {next(numbers)} of {like.__name__}>"
+    linecache.cache[file] = len(source), None, source.splitlines(True), file
+    names = like.__globals__ | names | {"__name__": "__main__"}
+    exec(compile(source, file, "exec"), names)
+    return names[like.__name__]

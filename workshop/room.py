@@ -1,0 +1,69 @@
+"""The room that everyone joins: the instructor's chat, and how to keep it in order."""
+
+import contextlib
+import os
+import socket
+
+import chat
+from workshop.servers import Server, frame, own_address, serving
+
+opened = contextlib.AsyncExitStack()
+memory = chat.AsyncMongoMockClient(tz_aware=True)  # outlives a cell that is run again
+
+
+class Room:
+    """The instructor's chat, with the two things that a host has to be able to do."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    async def blank(self, number: int) -> None:
+        """Take a message back, on every page."""
+        message = await self.server.db.messages.find_one({"_id": number})
+        if not message:
+            print(f"There is no message {number}.")
+            return
+        await chat.Message(self.server.db).blank(number)
+        print(f"Message {number} is blank: {message['text']!r} by {message['user']}.")
+
+    async def expel(self, name: str) -> None:
+        """Delete an account. All its windows close; its name is free again."""
+        user = await self.server.db.users.find_one({"name": name})
+        if not user:
+            print(f"There is no user {name!r}.")
+            return
+        await chat.User(self.server.db).delete(user["_id"])
+        print(f"{name} has no account any more.")
+
+
+async def open_room(host: str = "127.0.0.1", port: int = 8080) -> Room:
+    """Serve the chat for everyone in the room until `close_room`, or the next call.
+
+    If the port is taken, another one is used. Accounts and messages stay until the
+    kernel stops.
+    """
+    global opened
+    await opened.aclose()
+    opened = contextlib.AsyncExitStack()
+    kept = {"AsyncMongoMockClient": lambda **options: memory}
+    block = serving(host=host, port=port if is_free(host, port) else 0, **kept)
+    server = await opened.enter_async_context(block)
+    if host == "0.0.0.0":
+        print(f"Type this address: http://{own_address()}:{server.port}")
+    else:
+        print(f"Only this machine can reach it: http://localhost:{server.port}")
+    frame(server)
+    return Room(server)
+
+
+def is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        if os.name == "posix":  # on Windows it would find a taken port free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        return True
+    return False
+
+
+async def close_room() -> None:
+    await opened.aclose()

@@ -1,0 +1,175 @@
+"""What a chat that loses no message has to do, whoever has written it.
+
+The same scenarios run on a learner's 24 lines and on `chat.py`. A server has `join`,
+which returns a person (people.py). A scenario that fails raises Lacking.
+"""
+
+import asyncio
+import contextlib
+from unittest.mock import patch
+
+from aiohttp import web
+
+from workshop.people import quiet
+
+
+class Lacking(Exception):
+    """Say what an attempt still lacks."""
+
+
+def need(condition, sentence: str) -> None:
+    if not condition:
+        raise Lacking(sentence)
+
+
+def need_order(person, count: int) -> None:
+    """Need that a person has heard `count` messages, without a gap, in order, once."""
+    numbers = [event.get("id") for event in person.messages()]
+    who, wanted = person.name.capitalize(), list(range(1, count + 1))
+    if numbers == wanted:
+        return
+    need(None not in numbers, f"A message that {who} heard has no `id`.")
+    twice = [n for n in wanted if numbers.count(n) > 1]
+    need(not twice, f"{who} heard number {min(twice, default=0)} twice.")
+    missing = [n for n in wanted if n not in numbers]
+    need(not missing, f"{who} never heard number {', '.join(map(str, missing))}.")
+    need(numbers == sorted(numbers), f"{who} heard {numbers}: out of order.")
+    raise Lacking(f"{who} heard {numbers} instead of {wanted}.")
+
+
+async def heard(person, count: int, seconds: float = 3) -> None:
+    """Wait until a person has heard so many messages, or for a while in vain."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while len(person.messages()) < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    await quiet(0.05)  # is there one too many?
+
+
+@contextlib.contextmanager
+def slow_network(seconds: float):
+    """Let each frame that a server sends take its time."""
+    send = web.WebSocketResponse.send_str
+
+    async def late(ws, *arguments, **more):
+        await asyncio.sleep(seconds)
+        await send(ws, *arguments, **more)
+
+    with patch.object(web.WebSocketResponse, "send_str", late):
+        yield
+
+
+async def all_hear_the_same(server) -> None:
+    """Everyone hears each message once, in the order of its numbers."""
+    people = [await server.join(name) for name in ("ann", "bob", "eve")]
+    await asyncio.gather(*(p.say(f"{n}") for p in people for n in range(5)))
+    for person in people:
+        await heard(person, 15)
+        need_order(person, 15)
+    texts = {tuple(person.texts()) for person in people}
+    need(len(texts) == 1, "Two people read two different conversations.")
+    by = {event.get("user") for event in people[0].messages()}
+    need(by == {"ann", "bob", "eve"}, "A message does not say who wrote it.")
+
+
+async def come_back_and_miss_nothing(server) -> None:
+    """Whoever comes back hears what was said meanwhile, and nothing twice."""
+    ann, bob = await server.join("ann"), await server.join("bob")
+    await ann.say("one")
+    await heard(bob, 1)
+    await bob.break_off()
+    for text in "two", "three":
+        await ann.say(text)
+    await bob.come_back(after=1)
+    await ann.say("four")
+    await heard(bob, 4)
+    need_order(bob, 4)
+
+
+async def come_back_while_they_talk(server) -> None:
+    """What is said while somebody comes back does not fall between."""
+    need_order(await come_back_slowly(server), 30)
+
+
+async def come_back_slowly(server):
+    """Let Bob come back on a slow network while Ann goes on talking; return Bob."""
+    ann, bob = await server.join("ann"), await server.join("bob")
+    await bob.break_off()
+    for number in range(1, 11):
+        await ann.say(f"{number}")
+    with slow_network(0.004):
+        back = asyncio.create_task(bob.come_back(after=0))
+        for number in range(11, 31):
+            await ann.say(f"{number}")
+        await back
+        await heard(bob, 30, seconds=1)
+    return bob
+
+
+async def lose_a_receipt(server) -> None:
+    """A message whose receipt was lost is sent again, and stored once."""
+    ann, bob = await server.join("ann"), await server.join("bob")
+    await ann.send(type="message", text="Pay 100 to Bob.", nonce="n-1")
+    await heard(bob, 1)
+    await ann.break_off()
+    await ann.come_back(after=0)
+    receipt = await ann.say("Pay 100 to Bob.", nonce="n-1")
+    await quiet(0.05)
+    count = len(bob.messages())
+    need(count == 1, f"Bob heard 'Pay 100 to Bob.' {count} times.")
+    need(receipt["type"] == "receipt", f"Instead of a receipt Ann got {receipt}.")
+    need(receipt.get("id") == 1, f"It is number 1; the receipt says {receipt}.")
+
+
+async def choose_the_same_nonce(server) -> None:
+    """Two people who choose the same nonce are two people."""
+    ann, bob = await server.join("ann"), await server.join("bob")
+    one, two = await ann.say("one", nonce="n-1"), await bob.say("two", nonce="n-1")
+    need(one["id"] != two["id"], "Bob's message was taken for Ann's: the same nonce.")
+    await heard(ann, 2)
+    need_order(ann, 2)
+
+
+async def come_and_go(server) -> None:
+    """People hear who joins and who leaves, however they leave."""
+    bob = await server.join("bob")
+    for leave in "disconnect", "break_off":
+        ann = await server.join("ann")
+        joined = await bob.next("joined")
+        while joined["user"] == "bob":
+            joined = await bob.next("joined")
+        need(joined["user"] == "ann", f"Ann joined, and Bob heard {joined}.")
+        await getattr(ann, leave)()
+        left = await bob.next("left", seconds=5)
+        need(left["user"] == "ann", f"Ann left, and Bob heard {left}.")
+
+
+async def stop_reading(server, messages: int = 600) -> None:
+    """A reader that stops reading delays nobody, and misses nothing."""
+    ann, bob, eve = [await server.join(name) for name in ("ann", "bob", "eve")]
+    bob.reader.cancel()  # nobody reads on Bob's side any more
+    try:
+        for _ in range(messages):
+            await ann.say("x" * 10_000)
+    except TimeoutError:
+        said = len(eve.messages())
+        stood = f"Bob stopped reading. After {said} messages Ann stood still."
+        raise Lacking(stood) from None
+    await heard(eve, messages)
+    need_order(eve, messages)
+    await bob.break_off()
+    bob.heard.clear()
+    await bob.come_back(after=0)
+    await heard(bob, messages)
+    need_order(bob, messages)
+
+
+LOSING_NOTHING = [
+    all_hear_the_same,
+    come_back_and_miss_nothing,
+    come_back_while_they_talk,
+    lose_a_receipt,
+    choose_the_same_nonce,
+    come_and_go,
+]
+WAITING_FOR_NOBODY = [stop_reading]

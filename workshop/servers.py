@@ -1,0 +1,258 @@
+"""Serve the chat inside the notebook, or as a process of its own."""
+
+import asyncio
+import contextlib
+import io
+import logging
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+from unittest.mock import patch
+
+from aiohttp import web
+from IPython.display import HTML, display
+
+import chat
+from workshop.people import Person
+
+FIELDS = chat.Settings.model_fields
+DEFAULTS = {name: field.default for name, field in FIELDS.items()}
+# Cookies know no ports: a cookie of another chat on this host is no news.
+logging.getLogger("aiohttp_session").addHandler(logging.NullHandler())
+# One key for all servers of a notebook; and running a cell ten times is no attack.
+REPEATABLE = {"SECRET_KEY": secrets.token_hex(), "LOGIN_ATTEMPTS": 1_000_000}
+
+
+# --- Inside the notebook ---
+class Server:
+    """A chat that runs inside the notebook, on the same event loop."""
+
+    def __init__(self, module, app, host: str) -> None:
+        self.module, self.app, self.host, self.port = module, app, host, 0
+        self.people, self.log = [], []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def room(self):
+        return self.app[self.module.ROOM]
+
+    @property
+    def db(self):
+        return self.app[self.module.DATABASE]
+
+    async def visitor(self, name: str = "") -> Person:
+        """Return a person with a browser of their own, who has not signed in."""
+        self.people.append(Person(self.url, name))
+        return self.people[-1]
+
+    async def join(self, name: str, path: str = "/ws") -> Person:
+        """Return a person who has signed up, or in, and opened a WebSocket."""
+        person = await self.visitor(name)
+        await person.sign_in()
+        return await person.connect(path)
+
+    async def send_home(self) -> None:
+        for person in self.people:
+            await person.close()
+
+
+class Lines(logging.Handler):
+    """Keep what is logged, a line each, and print it if it should be seen at once.
+
+    Loggers belong to the whole process: of several servers, the newest one listens.
+    """
+
+    names = "chat", "aiohttp.server"
+    listeners = []
+
+    def __init__(self, lines: list, seen: bool) -> None:
+        super().__init__(logging.WARNING)
+        self.lines, self.seen = lines, seen
+        self.listeners.append(self)
+        for name in self.names:
+            logging.getLogger(name).addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self is not self.listeners[-1]:
+            return
+        error = record.exc_info and record.exc_info[1]
+        cause = f": {type(error).__name__}: {error}" if error else ""
+        self.lines.append(record.getMessage() + cause)
+        if self.seen:
+            print(self.lines[-1])
+
+    def close(self) -> None:
+        self.listeners.remove(self)
+        for name in self.names:
+            logging.getLogger(name).removeHandler(self)
+        super().close()
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    module=chat, host="127.0.0.1", port=0, change=None, log=False, **replaced
+):
+    """Serve the chat, or a copy of it, for as long as a `with` block lasts.
+
+    `replaced` are settings, and names of chat.py that get another value while the
+    application starts. `change` is called with the application before that. What is
+    logged is kept in `server.log`, a line each; with `log` it is printed too.
+    """
+    settings = {name: replaced.pop(name) for name in DEFAULTS.keys() & replaced.keys()}
+    settings = DEFAULTS | REPEATABLE | settings  # whatever the environment says
+    settings = module.Settings(_env_file=None, **settings)
+    routes = [
+        (path, replaced.get(view.__name__, view), name)
+        for path, view, name in module.ROUTES
+    ]
+    async with contextlib.AsyncExitStack() as stack:
+        with patch.multiple(module, **{"ROUTES": routes} | replaced):
+            app = module.init_app(settings)
+            if change:
+                change(app)
+            server = Server(module, app, host)
+            stack.callback(Lines(server.log, log).close)
+            runner = web.AppRunner(app, shutdown_timeout=1, access_log=None)
+            stack.push_async_callback(runner.cleanup)
+            with contextlib.redirect_stdout(io.StringIO()):
+                await runner.setup()
+        await web.TCPSite(runner, host, port).start()
+        server.port = runner.addresses[0][1]
+        stack.push_async_callback(server.send_home)
+        yield server
+
+
+live = None  # the server that cells share
+memory = chat.AsyncMongoMockClient(tz_aware=True)  # its database, which outlives it
+
+
+async def serve(*arguments, **changes) -> Server:
+    """Serve the chat until `stop`; what was served before is stopped, and replaced.
+
+    Takes what `serving` takes. The port is any that is free, and then stays the same;
+    accounts, messages and sessions stay as well, until the kernel stops.
+    """
+    global live
+    shared = {"port": live.port if live else 0, "log": True}
+    shared["AsyncMongoMockClient"] = lambda **options: memory
+    await stop()
+    stack = contextlib.AsyncExitStack()
+    live = await stack.enter_async_context(serving(*arguments, **shared | changes))
+    live.stop = stack.aclose
+    return live
+
+
+async def stop() -> None:
+    """Stop what `serve` has started, with all people in it."""
+    global live
+    if live:
+        server, live = live, None
+        await server.stop()
+
+
+def frame(server, *paths: str, height: int = 480) -> None:
+    """Show a page of the chat in the notebook, and a link to it.
+
+    The frame takes the notebook's own host name: for a browser, 127.0.0.1 and localhost
+    are two sites, and a session cookie stays at home. Several paths stand side by side.
+    """
+    paths = paths or ("/",)
+    address = f"http://localhost:{server.port}{paths[0]}"
+    parts = [f'<p>Open <a href="{address}" target="_blank">{address}</a> as well.</p>']
+    if server.host == "0.0.0.0":
+        others = f"http://{own_address()}:{server.port}{paths[0]}"
+        parts.append(f'<p>Others on this network: <a href="{others}">{others}</a></p>')
+    # A frame in VS Code belongs to another site than the chat: no cookies.
+    if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys():
+        parts.append("<p>VS Code cannot sign in inside a frame: use the link.</p>")
+    else:
+        parts.append(frames(server, paths, height))
+    display(HTML("".join(parts)))
+
+
+def frames(server, paths, height: int) -> str:
+    """Return frames side by side, on the host name that the notebook is opened by."""
+    name = f"chat-{secrets.token_hex(4)}"
+    inner = "".join(
+        f'<iframe data-path="{path}" title="The chat" height="{height}" '
+        'style="flex:1;min-width:0;border:1px solid #8888"></iframe>'
+        for path in paths
+    )
+    far = "false" if server.host == "0.0.0.0" else "true"
+    return f"""<div id="{name}" style="display:flex;gap:8px">{inner}</div><script>{{
+const place = document.getElementById("{name}");
+const host = location.hostname || "localhost";
+const here = /^(localhost|127[.][0-9.]+|.*[.]localhost)$/.test(host);
+if (here || !{far} && /^[0-9.]+$/.test(host))
+  for (const frame of place.children)
+    frame.src = `http://${{host}}:{server.port}${{frame.dataset.path}}`;
+else place.textContent = "You opened this notebook at " + host +
+  '. A frame there needs host="0.0.0.0" in the call that serves the chat.';
+}}</script>"""
+
+
+def own_address() -> str:
+    """Return this machine's address on its network. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with contextlib.suppress(OSError):
+            probe.connect(("192.0.2.1", 9))
+        return probe.getsockname()[0]
+
+
+# --- In a process of its own ---
+class Process:
+    """`python chat.py`, as you would type it, with settings of its own.
+
+    Ends with its `with` block. (Threads wait for it, because on Windows the notebook's
+    event loop cannot.)
+    """
+
+    def __init__(self, **settings) -> None:
+        defaults = {name: str(value) for name, value in DEFAULTS.items()}
+        self.environment = os.environ | defaults | {"PORT": "0"} | settings
+        self.output, self.port = "", 0
+
+    async def __aenter__(self) -> "Process":
+        await asyncio.to_thread(self.start)
+        return self
+
+    def start(self) -> None:
+        """Start it, and read what it says until it listens, or has ended."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", chat.__file__],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+        while "CTRL+C" not in self.output and (line := self.process.stdout.readline()):
+            self.output += line
+        if found := re.search(r"http://\S+:(\d+)", self.output):
+            self.port = int(found[1])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def end(self) -> tuple[int, str]:
+        """Stop it as a host would; return its exit code and all that it has said."""
+        self.process.terminate()
+        self.output += await asyncio.to_thread(self.process.stdout.read)
+        return await asyncio.to_thread(self.process.wait), self.output
+
+    async def kill(self) -> None:
+        """End it without a warning, as a power cut would."""
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+
+    async def __aexit__(self, *error) -> None:
+        await self.kill()
+        self.process.stdout.close()

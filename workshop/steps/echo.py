@@ -1,0 +1,9 @@
+from aiohttp import web
+
+
+async def talk(request):
+    ws = web.WebSocketResponse()
+    await ws.prepare(request)
+    async for frame in ws:
+        await ws.send_json(frame.json())
+    return ws

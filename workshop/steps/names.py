@@ -1,0 +1,25 @@
+from asyncio import gather
+
+from aiohttp import web
+
+connections = set()
+
+
+async def broadcast(event):
+    await gather(*(ws.send_json(event) for ws in connections), return_exceptions=True)
+
+
+async def talk(request):
+    name = request.query["name"]
+    ws = web.WebSocketResponse()
+    await ws.prepare(request)
+    connections.add(ws)
+    try:
+        await broadcast({"type": "joined", "user": name})
+        async for frame in ws:
+            event = frame.json()
+            await broadcast(event | {"user": name})
+    finally:
+        connections.remove(ws)
+        await broadcast({"type": "left", "user": name})
+    return ws

@@ -1,0 +1,226 @@
+"""Serve the little chat of part A: a learner's handler behind one tiny page."""
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import linecache
+import secrets
+import warnings
+from pathlib import Path
+from types import FunctionType
+
+from aiohttp import web
+from IPython.display import HTML, display
+
+from workshop import scenarios
+from workshop.copies import Page
+from workshop.people import Client
+from workshop.servers import Lines, frames
+
+HERE = Path(__file__).parent
+page = Page((HERE / "page.html").read_text("utf-8"))
+
+
+class Guest(Client):
+    """A user of the little chat, who only says a name."""
+
+    def __init__(self, url: str, name: str, greeting: str = "") -> None:
+        super().__init__(url, name)
+        self.greeting, self.greetings = greeting, []
+
+    def hear(self, event: dict) -> None:
+        """Take one's own words for a receipt, too; and greet whoever joins."""
+        super().hear(event)
+        waiting = self.receipts.get(event.get("nonce"))
+        if waiting and event["type"] == "message" and not waiting.done():
+            waiting.set_result(event)
+        if self.greeting and event["type"] == "joined" and event["user"] != self.name:
+            nonce = secrets.token_hex()
+            greeting = self.send(type="message", text=self.greeting, nonce=nonce)
+            self.greetings.append(asyncio.create_task(greeting))
+
+    def __repr__(self) -> str:
+        return f"{self.name}, a guest"
+
+    async def connect(self, after: int | None = None) -> "Guest":
+        """Connect, and wait until it is live if the chat tells us so (from step 3)."""
+        more = "" if after is None else f"&after={after}"
+        await self.open(f"/ws?name={self.name}{more}")
+        with contextlib.suppress(TimeoutError):
+            while (await self.next("joined", seconds=0.2))["user"] != self.name:
+                pass
+        return self
+
+    async def come_back(self, after: int) -> None:
+        await self.connect(after)
+
+
+class LittleServer:
+    """A little chat that runs inside the notebook, with its own empty state."""
+
+    def __init__(self, talk, page: str, host: str) -> None:
+        self.talk, self.page, self.host, self.port = fresh(talk), page, host, 0
+        self.people, self.log, self.warnings, self.transports = [], [], [], {}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __repr__(self) -> str:
+        return f"A little chat at {self.url}"
+
+    def __getattr__(self, name):
+        """Return what the handler calls by this name: `server.connections`."""
+        try:
+            return self.talk.__globals__[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def app(self) -> web.Application:
+        async def index(request):
+            return web.Response(text=self.page, content_type="text/html")
+
+        async def ws(request):
+            self.transports[request.query.get("name")] = request.transport
+            return await self.talk(request)
+
+        app = web.Application()
+        app.router.add_get("/", index)
+        app.router.add_get("/ws", ws)
+        return app
+
+    async def join(self, name: str, greeting: str = "") -> Guest:
+        """Let a guest connect; with a greeting, it says this to whoever joins later."""
+        guest = Guest(self.url, name, greeting)
+        self.people.append(guest)
+        return await guest.connect()
+
+    async def come_back_slowly(self) -> Guest:
+        """Let Bob come back on a slow network while Ann talks; return Bob."""
+        return await scenarios.come_back_slowly(self)
+
+    @property
+    def complaints(self) -> list[str]:
+        """Return what Python has complained of: its warnings, and errors in the log."""
+        gc.collect()  # a coroutine that nobody awaits is missed when it goes
+        return [str(warning.message) for warning in self.warnings] + self.log
+
+    async def send_home(self) -> None:
+        for person in self.people:
+            await person.close()
+
+
+def fresh(talk, **changed):
+    """Return the same functions with empty lists, dictionaries and sets of their own.
+
+    So each server begins with nobody and no message, and a cell can be run again.
+    """
+    theirs = talk.__globals__ | changed
+    ours = dict(theirs)
+    for function in functions_of(talk, theirs):
+        for name in names_in(function.__code__):
+            if isinstance(theirs.get(name), (list, dict, set)):
+                ours[name] = type(theirs[name])()
+        copy = FunctionType(function.__code__, ours, function.__name__)
+        copy.__defaults__, copy.__kwdefaults__ = (
+            function.__defaults__,
+            function.__kwdefaults__,
+        )
+        ours[function.__name__] = copy
+    return ours[talk.__name__]
+
+
+def functions_of(talk, names: dict | None = None) -> list[FunctionType]:
+    """Return a handler and the functions that it calls, of the same notebook."""
+    names, found = names or talk.__globals__, [talk]
+    for function in found:  # the list grows meanwhile
+        for name in names_in(function.__code__):
+            value = names.get(name)
+            if isinstance(value, FunctionType) and value not in found:
+                theirs = value.__module__ == "__main__" or is_ours(value)
+                found += [value] * theirs
+    return found
+
+
+def is_ours(function) -> bool:
+    """Tell a solution of ours from what a learner has written, or edited."""
+    return getattr(function, "__module__", "").startswith("workshop.steps")
+
+
+def names_in(code):
+    yield from code.co_names
+    for constant in code.co_consts:
+        if inspect.iscode(constant):
+            yield from names_in(constant)
+
+
+def step(name: str, function: str = "talk"):
+    """Return our own solution of a step, from `workshop/steps/`."""
+    path = HERE / "steps" / f"{name}.py"
+    names = {"__name__": f"workshop.steps.{name}", "__file__": str(path)}
+    exec(compile(path.read_text("utf-8"), str(path), "exec"), names)
+    linecache.checkcache(str(path))
+    return names[function]
+
+
+@contextlib.asynccontextmanager
+async def little(talk, page: str = page, log: bool = False, host: str = "127.0.0.1"):
+    """Serve a handler of part A for as long as a `with` block lasts.
+
+    What goes wrong in it is kept, as `server.complaints`; with `log` it is printed.
+    """
+    server = LittleServer(talk, page, host)
+    async with contextlib.AsyncExitStack() as stack:
+        if not log:
+            caught = warnings.catch_warnings(record=True, action="always")
+            server.warnings = stack.enter_context(caught)
+        stack.callback(Lines(server.log, log).close)
+        runner = web.AppRunner(server.app(), shutdown_timeout=0.1, access_log=None)
+        stack.push_async_callback(runner.cleanup)
+        await runner.setup()
+        await web.TCPSite(runner, host, 0).start()
+        server.port = runner.addresses[0][1]
+        stack.push_async_callback(server.send_home)
+        yield server
+
+
+playing = contextlib.AsyncExitStack()  # the server of the newest `play`
+
+
+async def play(talk, *names: str, page: str = page, typing: bool = False):
+    """Serve a handler until the next `play`, and show a page for each name."""
+    global playing
+    await playing.aclose()
+    playing = contextlib.AsyncExitStack()
+    server = await playing.enter_async_context(little(talk, page, log=True))
+    paths = [f"/?name={name}{'&typing' * typing}" for name in names]
+    links = " · ".join(
+        f'<a href="http://localhost:{server.port}{path}" target="_blank">{name}</a>'
+        for path, name in zip(paths, names, strict=True)
+    )
+    shown = frames(server, paths, 240)
+    display(HTML(f"{shown}<p>In windows of their own: {links}</p>"))
+    return server
+
+
+async def stall(talk, messages: int = 700) -> list[float]:
+    """Let Bob stop reading while Ann says long things.
+
+    Return how many KiB wait for Bob in the server after each of them. The list ends
+    where Ann has had no receipt for a second.
+    """
+    waiting = []
+    async with little(talk) as server:
+        ann, bob = await server.join("ann"), await server.join("bob")
+        bob.reader.cancel()  # nobody reads on Bob's side any more
+        with contextlib.suppress(TimeoutError):
+            for _ in range(messages):
+                await ann.say("x" * 10_000, seconds=1)
+                waiting.append(server.transports["bob"].get_write_buffer_size() / 1024)
+    return waiting
+
+
+async def stop_playing() -> None:
+    await playing.aclose()
+    await asyncio.sleep(0)
