@@ -537,17 +537,11 @@ class Message(Model):
         """
         number = last + 1
         while True:
-            message = {
-                "_id": number,
-                "user_id": user["_id"],
-                "user": user["name"],
-                "text": text,
-                "time": datetime.now(UTC),
-                "nonce": nonce,
-            }
+            message = {"_id": number, "user_id": user["_id"], "user": user["name"]}
+            message |= {"text": text, "time": datetime.now(UTC), "nonce": nonce}
+            insert = self.db.messages.insert_one(message)
             try:
-                query = self.db.messages.insert_one(message)
-                await self.db.write(query, ("messages", number, message))
+                await self.db.write(insert, ("messages", number, message))
                 return number
             except DuplicateKeyError:
                 sent = {"user_id": user["_id"], "nonce": nonce}
@@ -589,9 +583,7 @@ class Presence(Model):
     async def write(self, process: ObjectId, names: list[str]) -> None:
         update = {"$set": {"names": names}, "$currentDate": {"seen": True}}
         query = self.db.processes.update_one({"_id": process}, update, upsert=True)
-        document = {"_id": process, "names": names}
-        change = "processes", process, document
-        await with_deadline(self.db.write(query, change))
+        await with_deadline(query)
 
     async def remove(self, process: ObjectId) -> None:
         await with_deadline(self.db.processes.delete_one({"_id": process}))
@@ -804,13 +796,11 @@ async def read_form(request: web.Request) -> tuple[dict[str, str], dict[str, str
     first: to normalize 16 KB of combining marks takes 112 ms. Raises HTTPBadRequest if
     this is no form of ours, HTTPRequestTimeout if it trickles in.
     """
-    charset = (request.charset or "utf-8").lower()  # other codecs may be slow or absent
-    if (request.content_type, charset) != (
-        "application/x-www-form-urlencoded",
-        "utf-8",
-    ):
-        raise web.HTTPBadRequest(text="The form could not be read.")
     try:
+        if request.content_type != "application/x-www-form-urlencoded":
+            raise ValueError(request.content_type)
+        if (request.charset or "utf-8").lower() != "utf-8":  # others may be slow
+            raise ValueError(request.charset)
         data = await with_deadline(request.post())
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="The form took too long.") from None
@@ -846,13 +836,11 @@ class SignIn(Form):
     async def submit(self, form: dict[str, str]) -> dict:
         if errors := dict(find_errors(form)):
             raise FormError(errors)
-        name = USERNAME.enforce(form["login"])
+        users, name = User(self.request[DB]), USERNAME.enforce(form["login"])
         self.throttle(fold(name))
         password_hash = await self.in_hash_thread(hash_password, form["password"])
         try:
-            return await User(self.request[DB]).create(
-                name, form["email"], password_hash
-            )
+            return await users.create(name, form["email"], password_hash)
         except DuplicateKeyError as error:
             if user := await self.second_click(form):
                 return user
@@ -863,12 +851,11 @@ class SignIn(Form):
     async def second_click(self, form: dict[str, str]) -> dict | None:
         """Return the user that the same form has created a moment ago."""
         user = await User(self.request[DB]).find(form["login"])
-        created = (
-            user and isinstance(user["_id"], ObjectId) and user["_id"].generation_time
+        a_minute_ago = ObjectId.from_datetime(datetime.now(UTC) - timedelta(minutes=1))
+        is_new = (
+            user and isinstance(user["_id"], ObjectId) and user["_id"] > a_minute_ago
         )
-        if created and datetime.now(UTC) - created < timedelta(minutes=1):
-            return await self.authenticate(form)
-        return None
+        return await self.authenticate(form) if is_new else None
 
 
 # RFC 8265: no invisible letters, compatibility forms or mixed directions.
@@ -1389,7 +1376,7 @@ def is_blank(text: str) -> bool:
 
 
 def error_event(code: str, event: dict) -> dict:
-    """Say what is wrong, with the nonce if there is one: it tells with which message."""
+    """Say what is wrong, with the nonce if there is one: it tells which message."""
     nonce = {"nonce": event["nonce"]} if isinstance(event.get("nonce"), str) else {}
     return {"type": "error", "code": code, "text": ERRORS[code]} | nonce
 
@@ -1409,24 +1396,21 @@ ROUTES = [
 ]
 
 
-async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Scripts and styles come from our own files only, and only we frame our pages.
+POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors "
 
-    Without ORIGIN, other ports of the same host may frame them too: a notebook.
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Allow scripts and styles from our own files only, and frames of our own pages.
+
+    Without ORIGIN, other ports of the same host may frame us too: a notebook does.
     """
     if response.status == 101:
         return  # a WebSocket isn't a page, and would hold these in memory
-    framed_by = "'self'"
-    if not request.app[SETTINGS].ORIGIN and is_local(request.host):
-        framed_by += f" http://{request.url.host}:*"
-    response.headers.update(
-        {
-            "Content-Security-Policy": "default-src 'self'; base-uri 'none'; "
-            f"form-action 'self'; frame-ancestors {framed_by}",
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "same-origin",
-        }
-    )
+    local = not request.app[SETTINGS].ORIGIN and is_local(request.host)
+    framed_by = f"'self' http://{request.url.host}:*" if local else "'self'"
+    response.headers["Content-Security-Policy"] = POLICY + framed_by
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "same-origin"
     static = request.match_info.route.name == "static"
     response.headers["Cache-Control"] = "no-cache" if static else "no-store"
 
@@ -1515,25 +1499,18 @@ ONCE_PER_MINUTE = OncePerMinute()
 def init_app(settings: Settings | None = None) -> web.Application:
     """Make the application; a runner starts it. Raises ValidationError."""
     settings = settings or Settings()
+    session = session_middleware(make_storage(settings))
     app = web.Application(
-        middlewares=[
-            own_origin,
-            session_middleware(make_storage(settings)),
-            db_handler,
-            authorize,
-        ],
+        middlewares=[own_origin, session, db_handler, authorize],
         client_max_size=16_384,  # bytes of a form
         handler_args={
             "max_field_size": 65_536,  # other applications on localhost leave cookies
-            "lingering_time": 1,  # seconds to read on after an answer that came early
+            "lingering_time": 1,  # seconds to read on after an early answer
         },
     )
-    app[SETTINGS], app[HASH_TURN], app[STOP] = (
-        settings,
-        asyncio.Lock(),
-        lambda code: None,
-    )
+    app[SETTINGS], app[HASH_TURN] = settings, asyncio.Lock()
     app[THROTTLE] = make_buckets(settings.LOGIN_ATTEMPTS / 60, settings.LOGIN_ATTEMPTS)
+    app[STOP] = lambda code: None  # `run` replaces it: a notebook's kernel lives on
     loader = jinja2.FileSystemLoader(HERE / "templates")
     aiohttp_jinja2.setup(app, loader=loader, filters={"links": links})
     add_routes(app)
@@ -1566,19 +1543,16 @@ def make_storage(settings: Settings) -> EncryptedCookieStorage:
 def main() -> None:
     """Run the chat until Ctrl-C. If it cannot start, print why and exit with 2."""
     try:
-        run(Settings())
+        return run(Settings())
     except ValidationError as error:
-        lines = [f"{e['loc'][0]}: {e['msg']}" for e in error.errors()]
-        sys.exit(fail(*lines))
+        problems = [f"{wrong['loc'][0]}: {wrong['msg']}" for wrong in error.errors()]
     except UnicodeDecodeError:
-        sys.exit(fail(".env must be a text file in UTF-8"))
+        problems = [".env must be a text file in UTF-8"]
     except CannotStart as error:
-        sys.exit(fail(str(error)))
-
-
-def fail(*lines: str) -> int:
-    print(*(f"chat: {line}" for line in lines), sep="\n", file=sys.stderr)
-    return 2
+        problems = [str(error)]
+    for problem in problems:
+        print(f"chat: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 def run(settings: Settings) -> None:
