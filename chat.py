@@ -1481,7 +1481,7 @@ class OncePerMinute(logging.Filter):
         error = record.exc_info and record.exc_info[1]
         if error and not isinstance(error, (*MALFORMED, OSError)):
             return True  # a fault of ours, with its traceback
-        kind, now = record.msg.partition("\n")[0], time.monotonic()
+        kind, now = str(record.msg).partition("\n")[0], time.monotonic()
         if now < self.silent_until.get(kind, 0):
             return False
         self.silent_until[kind] = now + 60
