@@ -4,6 +4,8 @@ import contextlib
 import os
 import socket
 
+from IPython.display import HTML, display
+
 import chat
 from workshop.servers import Server, frame, own_address, serving
 
@@ -49,9 +51,11 @@ async def open_room(host: str = "127.0.0.1", port: int = 8080) -> Room:
     block = serving(host=host, port=port if is_free(host, port) else 0, **kept)
     server = await opened.enter_async_context(block)
     if host == "0.0.0.0":
-        print(f"Type this address: http://{own_address()}:{server.port}")
+        address = f"http://{own_address()}:{server.port}"
+        big = "font-size:2.5em;font-weight:600;margin:.3em 0"
+        display(HTML(f'<p>Type this address:</p><p style="{big}">{address}</p>'))
     else:
-        print(f"Only this machine can reach it: http://localhost:{server.port}")
+        print("Only this machine can reach this chat.")
     frame(server)
     return Room(server)
 

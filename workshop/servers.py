@@ -157,17 +157,18 @@ async def stop() -> None:
 
 
 def frame(server, *paths: str, height: int = 480) -> None:
-    """Show a page of the chat in the notebook, and a link to it.
+    """Show pages of the chat in the notebook, side by side, and a link to the first.
 
     The frame takes the notebook's own host name: for a browser, 127.0.0.1 and localhost
-    are two sites, and a session cookie stays at home. Several paths stand side by side.
+    are two sites, and a session cookie stays at home.
     """
     paths = paths or ("/",)
+    link = '<p>{}: <a href="{}" target="_blank">{}</a></p>'
     address = f"http://localhost:{server.port}{paths[0]}"
-    parts = [f'<p>Open <a href="{address}" target="_blank">{address}</a> as well.</p>']
+    parts = [link.format("In a window of its own", address, address)]
     if server.host == "0.0.0.0":
-        others = f"http://{own_address()}:{server.port}{paths[0]}"
-        parts.append(f'<p>Others on this network: <a href="{others}">{others}</a></p>')
+        address = f"http://{own_address()}:{server.port}{paths[0]}"
+        parts.append(link.format("From other machines", address, address))
     # A frame in VS Code belongs to another site than the chat: no cookies.
     if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys():
         parts.append("<p>VS Code cannot sign in inside a frame: use the link.</p>")

@@ -1,27 +1,17 @@
 """Tests of the notebook: it runs, breaks what it says it breaks, and checks fairly."""
 
 import ast
-import asyncio
-import contextlib
 import inspect
 import itertools
 import linecache
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import nbclient
-import nbconvert
 import nbformat
 import pytest
-from aiohttp.test_utils import unused_port
 
-from conftest import HERE, NO_MONGOD, PASSWORD, can_connect, need, optional, until
+from conftest import HERE
 from workshop import scenarios
-from workshop.mongodb import find_mongod
 from workshop.servers import serving
 from workshop.tiny import little, step
 

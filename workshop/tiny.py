@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FunctionType
 
 from aiohttp import web
-from IPython.display import HTML, display
 
 from workshop import scenarios
 from workshop.copies import Page
@@ -61,7 +60,8 @@ class LittleServer:
 
     def __init__(self, talk, page: str, host: str) -> None:
         self.talk, self.page, self.host, self.port = fresh(talk), page, host, 0
-        self.people, self.log, self.warnings, self.transports = [], [], [], {}
+        self.people, self.paths, self.transports = [], [], {}
+        self.log, self.warnings = [], []
 
     @property
     def url(self) -> str:
@@ -69,6 +69,15 @@ class LittleServer:
 
     def __repr__(self) -> str:
         return f"A little chat at {self.url}"
+
+    def _repr_html_(self) -> str:
+        address = f"http://localhost:{self.port}"
+        links = ", ".join(
+            f'<a href="{address}{path}" target="_blank">{path.split("=")[1]}</a>'
+            for path in self.paths
+        )
+        shown = frames(self, self.paths, 240)
+        return f"{shown}<p>In windows of their own: {links}</p>"
 
     def __getattr__(self, name):
         """Return what the handler calls by this name: `server.connections`."""
@@ -185,23 +194,27 @@ async def little(talk, page: str = page, log: bool = False, host: str = "127.0.0
         yield server
 
 
-playing = contextlib.AsyncExitStack()  # the server of the newest `play`
+KEPT = 12  # servers of the newest calls of `play`, so that frames further up stay live
+playing: list[contextlib.AsyncExitStack] = []
 
 
 async def play(talk, *names: str, page: str = page, typing: bool = False):
-    """Serve a handler until the next `play`, and show a page for each name."""
-    global playing
-    await playing.aclose()
-    playing = contextlib.AsyncExitStack()
-    server = await playing.enter_async_context(little(talk, page, log=True))
-    paths = [f"/?name={name}{'&typing' * typing}" for name in names]
-    links = " · ".join(
-        f'<a href="http://localhost:{server.port}{path}" target="_blank">{name}</a>'
-        for path, name in zip(paths, names, strict=True)
-    )
-    shown = frames(server, paths, 240)
-    display(HTML(f"{shown}<p>In windows of their own: {links}</p>"))
+    """Serve a handler until `stop_playing`; the server is shown as a page for each name.
+
+    A cell that is run again gets another server: it begins with nobody and no message.
+    """
+    stack = contextlib.AsyncExitStack()
+    server = await stack.enter_async_context(little(talk, page, log=True))
+    server.paths = [f"/?name={name}{'&typing' * typing}" for name in names]
+    playing.append(stack)
+    while len(playing) > KEPT:
+        await playing.pop(0).aclose()
     return server
+
+
+async def stop_playing() -> None:
+    while playing:
+        await playing.pop().aclose()
 
 
 async def stall(talk, messages: int = 700) -> list[float]:
@@ -219,8 +232,3 @@ async def stall(talk, messages: int = 700) -> list[float]:
                 await ann.say("x" * 10_000, seconds=1)
                 waiting.append(server.transports["bob"].get_write_buffer_size() / 1024)
     return waiting
-
-
-async def stop_playing() -> None:
-    await playing.aclose()
-    await asyncio.sleep(0)
