@@ -327,7 +327,7 @@ class Database:
 PIPELINE = [{"$match": {"$or": [
     {"ns.coll": "messages", "operationType": {"$in": ["insert", "update", "replace"]}},
     {"ns.coll": "processes", "operationType": {"$in": ["insert", "replace", "delete"]}},
-    {"updateDescription.updatedFields.names": {"$exists": True}},  # not only `seen`
+    {"ns.coll": "processes", "updateDescription.updatedFields.names": {"$ne": None}},
     {"ns.coll": "users", "operationType": "delete"},
     {"operationType": {"$in": ["drop", "rename", "dropDatabase", "invalidate"]}},
 ]}}]  # fmt: skip
@@ -527,9 +527,9 @@ class User(Model):
 # --- Messages ---
 def is_message(document: dict) -> bool:
     """Tell our documents from foreign ones, such as `_id: 2.0`, which equals 2."""
-    texts = (document.get(name) for name in ("user", "text", "nonce"))
-    ours = type(document["_id"]) is int and isinstance(document.get("time"), datetime)
-    return ours and all(isinstance(text, str) for text in texts)
+    types = {"_id": int, "user_id": ObjectId, "user": str, "text": str, "nonce": str}
+    types["time"] = datetime
+    return all(type(document.get(name)) is wanted for name, wanted in types.items())
 
 
 class Message(Model):
@@ -996,7 +996,7 @@ class History:
             blank = {"id": number, "user": "", "text": "", "nonce": ""}
             event = stored.get(number) or event | blank
             self.events[number] = event
-        self.receipts = {(m.get("user_id"), m["nonce"]): m["_id"] for m in messages}
+        self.receipts = {(m["user_id"], m["nonce"]): m["_id"] for m in messages}
         self.last_broadcast = self.last_stored = last
         return [e for number, e in self.events.items() if known.get(number) != e]
 
@@ -1013,7 +1013,7 @@ class History:
         if number > self.last_broadcast:
             self.last_broadcast = number
             self.events.pop(number - HISTORY_SIZE, None)
-            self.remember(message.get("user_id"), event["nonce"], number)
+            self.remember(message["user_id"], event["nonce"], number)
         if number > self.last_broadcast - HISTORY_SIZE:
             self.events[number] = event  # a new one, or one that an operator took back
         return event
@@ -1225,22 +1225,24 @@ class Follower:
         user_ids = {connection.user["_id"] for connection in room.connections}
         for user_id in user_ids - await User(self.db).existing(user_ids):
             self.expel(user_id)
-        written = {entry["_id"]: entry for entry in await self.presence.entries()}
-        for process in room.online.processes.keys() | written.keys():
-            self.hear_names(process, written.get(process))
+        entries = await self.presence.entries()
+        room.online.processes.clear()  # GRACE covers the moment until all are back
+        for entry in entries:
+            self.apply("processes", entry["_id"], entry)
+        self.written = None  # ours may be missing there
         self.caught_up.set()
 
     def apply(self, collection: str, key, document: dict | None) -> None:
-        match collection:
-            case "messages" if document and is_message(document):
+        match collection, key:
+            case "messages", int() if document and is_message(document):
                 if event := self.room.history.add(document):
                     self.room.broadcast(event)
-            case "messages" if document:
-                pass_over(collection, key)
-            case "users" if document is None:
-                self.expel(key)
-            case "processes":
+            case "processes", ObjectId():
                 self.hear_names(key, document)
+            case "users", ObjectId() if document is None:
+                self.expel(key)
+            case _:
+                pass_over(collection, key)
 
     def expel(self, user_id: ObjectId) -> None:
         """End a deleted account's connections, also those that are just opening."""
@@ -1251,18 +1253,15 @@ class Follower:
         task.add_done_callback(self.expelling.discard)
 
     # --- Presence ---
-    def hear_names(self, process, entry: dict | None) -> None:
+    def hear_names(self, process: ObjectId, entry: dict | None) -> None:
         """Take the names that a process has written; None if its entry is gone."""
         names = entry.get("names") if entry else []
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            pass_over("processes", process)
-        elif process != self.process:
-            self.room.online.processes[process] = set(names)
-            self.announce()
-        elif names != self.room.names():
-            self.written = (
-                None  # removed, or an old write that landed late: repeat ours
-            )
+            return pass_over("processes", process)
+        if process == self.process and names != self.room.names():
+            self.written = None  # ours is gone, or an old write landed late: repeat it
+        self.room.online.processes[process] = set(names)
+        return self.announce()
 
     def announce(self) -> None:
         """Tell who has come, and who has been gone for GRACE seconds."""
