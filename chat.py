@@ -501,9 +501,10 @@ class User(Model):
         """Find a user by name or email, in any spelling, with the password's hash."""
         query = {"email_key" if "@" in login else "name_key": fold(login)}
         user = await with_deadline(self.db.users.find_one(query))
-        if user and not isinstance(user.get("password"), str):
-            return pass_over("users", user["_id"])
-        return user
+        match user:
+            case None | {"_id": ObjectId(), "password": str()}:
+                return user
+        return pass_over("users", user["_id"])
 
     async def create(self, name: str, email: str, password_hash: str) -> dict:
         """Store a new account. Raises DuplicateKeyError if name or email is taken."""
@@ -866,10 +867,9 @@ class SignIn(Form):
         """Return the user that the same form has created a moment ago."""
         user = await User(self.request[DB]).find(form["login"])
         a_minute_ago = ObjectId.from_datetime(datetime.now(UTC) - timedelta(minutes=1))
-        is_new = (
-            user and isinstance(user["_id"], ObjectId) and user["_id"] > a_minute_ago
-        )
-        return await self.authenticate(form) if is_new else None
+        if user and user["_id"] > a_minute_ago:
+            return await self.authenticate(form)
+        return None
 
 
 # RFC 8265: no invisible letters, compatibility forms or mixed directions.
@@ -1181,8 +1181,12 @@ async def close(connections: list[Connection], code: int) -> None:
     """
     closing = [c.ws.close(code=code, drain=False) for c in connections]
     await asyncio.gather(*closing, return_exceptions=True)
-    for connection in connections:
-        connection.transport.abort()
+    transports = [connection.transport for connection in connections]
+    if any(transport.get_write_buffer_size() for transport in transports):
+        await asyncio.sleep(1)
+    for transport in transports:
+        if transport.get_write_buffer_size() or not transport.is_closing():
+            transport.abort()
 
 
 class Follower:
