@@ -1,8 +1,8 @@
 """A chat that loses no message, in one file to read from top to bottom.
 
-The 2016 article (README, "Read") built a chat to show what aiohttp can do. This is that
-chat today. It keeps the article's sections, in order; what goes further is marked
-"Beyond the article". This is the whole application, not an excerpt.
+A 2016 article (https://habr.com/ru/post/300942/) built a chat to show what aiohttp can
+do. This is that chat today. It keeps the article's sections, in order; what goes
+further is marked "Beyond the article". It is a whole application, not an excerpt.
 
     pip install -r requirements.txt
     python chat.py
