@@ -150,8 +150,11 @@ def mongodb(tmp_path_factory):
 
 
 @pytest.fixture
-def standalone(tmp_path):
-    """A MongoDB of one's own, without a replica set."""
+def standalone(tmp_path, monkeypatch):
+    """A MongoDB of one's own, without a replica set; the chat waits 2 s for it, not 5."""
+    monkeypatch.setattr(chat, "DEADLINE", 2)
+    for name in "connectTimeoutMS", "socketTimeoutMS", "serverSelectionTimeoutMS":
+        monkeypatch.setitem(chat.CLIENT_OPTIONS, name, 2_000)
     need(find_mongod(), NO_MONGOD)
     mongod = Mongod(tmp_path / "standalone")
     yield mongod

@@ -1,13 +1,14 @@
 """Tests of the page, in real browsers; each name is a claim.
 
-What depends on the engine is tried in Chromium, Firefox and WebKit; the rest in Chromium.
-The browsers outlive a test, so these tests share one event loop. An interval that a test
-would wait for stands in a `data-` attribute of the page; `hurry` shortens it.
+Tests of what depends on the engine run in Chromium, Firefox and WebKit, the others in
+Chromium. The browsers outlive a test, so all these tests share one event loop. The page
+has its intervals in `data-` attributes; `hurry` shortens them, so that tests are fast.
 """
 
 import asyncio
 import contextlib
 import json
+import signal
 
 import pytest
 import pytest_asyncio
@@ -15,7 +16,7 @@ from aiohttp.test_utils import TestServer, unused_port
 from bson import ObjectId
 
 import chat
-from conftest import BROWSERS, PASSWORD, Chromium, need, optional, until
+from conftest import PASSWORD, Chromium, ChromiumWindow, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 fixture = pytest_asyncio.fixture(loop_scope="session")
@@ -83,7 +84,8 @@ class Proxy:
             address = "127.0.0.1", self.target
             far_reader, far_writer = await asyncio.open_connection(*address)
         except ConnectionError:
-            return writer.close()
+            writer.close()
+            return
         line = {"silent": self.silent, "writers": [writer, far_writer]}
         self.lines.append(line)
         await asyncio.gather(
@@ -166,13 +168,14 @@ async def open_window(engine):
         yield open_window
 
 
-CREATE_ACCOUNT = """fields =>
-    fetch("/signin", { method: "POST", body: new URLSearchParams(fields) }).then(r => r.status)
-"""
+CREATE_ACCOUNT = """async fields => {
+    const body = new URLSearchParams(fields);
+    return (await fetch("/signin", { method: "POST", body })).status;
+}"""
 
 
 def account(name):
-    return {"login": name, "password": PASSWORD, "password2": PASSWORD, "email": ""}
+    return {"login": name, "password": PASSWORD, "password2": PASSWORD}
 
 
 async def texts(window):
@@ -198,6 +201,97 @@ async def wait_for_status(window, *statuses):
 
 async def send(window, text):
     await window.fill("#text", f"{text}\n")
+
+
+# --- What people do, in Chromium ---
+@fixture
+async def open_page(chromium):
+    """A function that opens a page, which must not have had an error at the end."""
+    pages = []
+
+    async def open_page(url, name=None, prepare=None, **options):
+        context = await chromium.new_context(**options)
+        page = watch(await context.new_page())
+        pages.append(page)
+        if prepare:
+            await prepare(page)
+        if name:
+            await context.request.post(f"{url}signin", form=account(name))
+        await page.goto(url)
+        if name and not prepare and options.get("java_script_enabled", True):
+            await wait(page, ONLINE)
+        return page
+
+    yield open_page
+    for page in pages:
+        await page.context.close()
+    assert [error for page in pages for error in page.errors] == []
+
+
+def watch(page):
+    """Collect the errors of a page, and count how often it loads."""
+    page.set_default_timeout(15_000)
+    page.errors, page.loads = [], 0
+
+    def count(_):
+        page.loads += 1
+
+    def note(text):
+        if "Content Security Policy" in text:
+            page.errors.append(text)
+
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("console", lambda message: note(message.text))
+    page.on("load", count)
+    return page
+
+
+async def second_tab(page, url):
+    tab = watch(await page.context.new_page())
+    await tab.goto(url)
+    await wait(tab, ONLINE)
+    return tab
+
+
+async def write(page, text):
+    await page.fill("#text", text)
+    await page.press("#text", "Enter")
+
+
+async def shown(page, text):
+    """Wait until a message with this text is in the log."""
+    await wait_for_text(ChromiumWindow(page), text)
+
+
+async def wait(page, script):
+    """Wait for a script to be true. (Playwright's own way needs eval, see the CSP.)"""
+    await ChromiumWindow(page).wait(script)
+
+
+class Script:
+    """The server's end of the page's WebSocket, played by a test."""
+
+    def __init__(self, **welcome):
+        self.welcome = {"type": "welcome", "user": "ann", "online": ["ann"], "last": 0}
+        self.welcome |= welcome
+        self.ends, self.received = [], []
+
+    async def prepare(self, page):
+        await page.route_web_socket("**/ws*", self.accept)
+
+    def accept(self, end):
+        self.ends.append(end)
+        end.on_message(lambda frame: self.received.append(json.loads(frame)))
+        self.send(self.welcome)
+
+    def send(self, *events):
+        for event in events:
+            self.ends[-1].send(json.dumps(event))
+
+    def send_message(self, number, text="", user="bob", nonce=None):
+        event = {"type": "message", "id": number, "user": user}
+        event |= {"text": text or f"text {number}", "time": "2026-01-02T10:00:00Z"}
+        self.send(event | {"nonce": nonce or f"nonce {number}"})
 
 
 # --- In three engines ---
@@ -239,3 +333,506 @@ async def test_a_dead_connection_is_noticed_and_replaced(room, proxy, open_windo
     await wait_for_text(ann, "afterwards")
     assert await texts(ann) == ["meanwhile", "into the void", "afterwards"]
     assert await ann.run("document.querySelectorAll('.pending').length") == 0
+
+
+async def test_what_is_typed_during_a_restart_is_sent_once(start, mongodb, open_window):
+    """The process is killed under an open page and started again on its port."""
+    environment = {
+        "MONGO_HOST": mongodb,
+        "MONGO_DB_NAME": f"test-{ObjectId()}",
+        "SECRET_KEY": "any text",
+        "PORT": str(unused_port()),
+    }
+    process = start(**environment).wait_until_ready()
+    ann = await open_window(f"{process.url}/", "ann")
+    await send(ann, "before")
+    await wait_for_text(ann, "before")
+    process.process.kill()
+    await wait_for_status(ann, "offline")
+    for text in "first", "second":
+        await send(ann, text)
+    await ann.fill("#text", "half a sen")
+    start(**environment).wait_until_ready()
+    await wait_for_text(ann, "second")
+    assert await texts(ann) == ["before", "first", "second"]
+    assert await ann.run("document.querySelectorAll('.pending').length") == 0
+    assert await ann.run("document.getElementById('text').value") == "half a sen"
+
+
+ADDRESSES = {  # a text, and what is a link in it
+    "see https://example.org/a?b=c&d=e#f.": ["https://example.org/a?b=c&d=e#f"],
+    "(http://example.org)": ["http://example.org"],
+    "https://example.org/Foo_(bar)!": ["https://example.org/Foo_(bar)"],
+    "https://пример.рф/путь, 例: https://例え.jp、": [
+        "https://пример.рф/путь",
+        "https://例え.jp",
+    ],
+    "Https://a.b/😀?q=ä": ["Https://a.b/😀?q=ä"],
+    "www.example.org ann@example.org javascript:alert(1) ftp://a.b https://": [],
+    '<https://a.b/"onclick=alert(1)>': ["https://a.b/"],
+    "**https://a.b** «https://c.d» 'https://e.f'": [
+        "https://a.b",
+        "https://c.d",
+        "https://e.f",
+    ],
+    "https://a.b\u202egpj.exe https://a.b\x85c \ufeffhttps://a.b\ufeff": ["https://a.b"]
+    * 3,
+}
+LINKS = """[...document.querySelectorAll('#messages p')].map(p => [p.textContent,
+    [...p.querySelectorAll('a')].map(a => a.getAttribute('href') + a.rel + a.target)])"""
+
+
+async def test_web_addresses_are_links_by_script_and_by_template(room, open_window):
+    ann = await open_window(room.url, "ann")
+    for text in ADDRESSES:
+        await room.post(text)
+    await ann.wait(f"{TEXTS}.length === {len(ADDRESSES)}")
+    expected = [
+        [text, [f"{link}noopener noreferrer nofollow_blank" for link in links]]
+        for text, links in ADDRESSES.items()
+    ]
+    assert await ann.run(LINKS) == expected
+    await ann.open(room.url)
+    assert await ann.run(LINKS) == expected
+
+
+async def test_enter_of_an_input_method_sends_nothing(room, open_window):
+    """Safari ends the composition first: only the key code tells then."""
+    ann = await open_window(room.url, "ann")
+    await ann.fill("#text", "にほん")
+    press = (
+        "document.getElementById('text').dispatchEvent(new KeyboardEvent('keydown', "
+    )
+    for how in "isComposing: true", "keyCode: 229":
+        await ann.run(f"{press}{{ key: 'Enter', bubbles: true, {how} }}))")
+    assert await ann.run("document.getElementById('text').value") == "にほん"
+    await ann.type("\n")
+    await wait_for_text(ann, "にほん")
+    assert await texts(ann) == ["にほん"]
+
+
+async def test_sign_up_errors_stand_beside_their_fields(room, open_window):
+    ann = await open_window(f"{room.url}signin")
+    wrong = {"login": "a!", "email": "ann@example.org", "password": "short"}
+    for name, value in (wrong | {"password2": "different"}).items():
+        await ann.fill(f"#{name}", value)
+    await ann.click("main button")
+    await ann.wait("document.querySelector('[aria-invalid]') !== null")
+    for name, sentence in {
+        "login": "3 to 32",
+        "password": "8 to 128",
+        "password2": "not the same",
+    }.items():
+        field = f"document.getElementById('{name}')"
+        note = f"document.getElementById({field}.getAttribute('aria-describedby'))"
+        assert sentence in await ann.run(f"{note}.textContent")
+        assert await ann.run(f"{field}.getAttribute('aria-invalid')") == "true"
+    assert await ann.run("document.getElementById('email').value") == "ann@example.org"
+    assert await ann.run("document.activeElement.id") == "login"
+    for name, value in account("ann").items():
+        await ann.fill(f"#{name}", value)
+    await ann.click("main button")
+    await ann.wait(ONLINE)
+
+
+# --- Alive ---
+async def hurry_page(page, **seconds):
+    await page.evaluate(
+        "seconds => Object.assign(document.querySelector('.room').dataset, seconds)",
+        {name: str(value) for name, value in seconds.items()},
+    )
+
+
+async def test_a_silent_connection_is_noticed_though_nothing_is_sent(
+    room, proxy, open_page
+):
+    between = await proxy(room.port)
+    ann = await open_page(between.url, "ann")
+    between.go_silent()
+    await hurry_page(ann, silence=0.5, answer=0.5)
+    await ann.wait_for_selector("#status[data-status=offline]")
+    assert await ann.inner_text("#online") == ""
+    await ann.locator("#reason", has_text="does not answer").wait_for()
+    between.recover()
+    await wait(ann, ONLINE)
+    assert await ann.inner_text("#reason") == ""
+
+
+async def test_waking_up_looks_at_the_clock_at_once(room, proxy, open_page):
+    """A laptop that slept for an hour: its timers stood still, its clock did not."""
+    between = await proxy(room.port)
+    ann = await open_page(between.url, "ann")
+    between.go_silent()
+    await ann.evaluate("""() => {
+        const now = Date.now();
+        Date.now = () => now + 3_600_000;
+        document.dispatchEvent(new Event("visibilitychange"));
+    }""")
+    assert await ann.inner_text("#status") == "connecting"
+
+
+async def test_a_late_close_of_an_old_socket_changes_nothing(room, open_page):
+    """A browser takes up to a minute to close a dead socket."""
+
+    async def prepare(page):
+        await page.add_init_script("""
+            window.sockets = [];
+            window.WebSocket = class extends WebSocket {
+                constructor(...all) { super(...all); window.sockets.push(this); }
+                close() { window.late = () => this.onclose?.({ code: 1006 }); }
+            };
+        """)
+
+    ann = await open_page(room.url, "ann", prepare)
+    await wait(ann, ONLINE)
+    await hurry_page(ann, silence=0.1)
+    await wait(ann, "sockets.length > 1")
+    await hurry_page(ann, silence=45)
+    await wait(ann, ONLINE)
+    await ann.evaluate("late()")
+    assert await ann.inner_text("#status") == "online"
+
+
+# --- Nothing without a limit ---
+async def test_two_processes_of_which_one_is_held_back(
+    start, mongodb, proxy, open_page
+):
+    """The page comes back to a process that stands still for 10 s, and then is behind."""
+    environment = {
+        "MONGO_HOST": mongodb,
+        "MONGO_DB_NAME": f"test-{ObjectId()}",
+        "SECRET_KEY": "any text",
+    }
+    ahead = start(**environment).wait_until_ready()
+    behind = start(**environment).wait_until_ready()
+    between = await proxy(ahead.port)
+    ann = await open_page(between.url, "ann")
+    bob = await open_page(f"{ahead.url}/", "bob")
+    await write(ann, "before")
+    await shown(ann, "before")
+    behind.process.send_signal(signal.SIGSTOP)
+    expected = ["before"] + [f"while it stands {number}" for number in range(5)]
+    for text in expected[1:]:
+        await write(bob, text)
+    await shown(ann, expected[-1])
+    between.target = behind.port
+    between.cut_all()
+    await write(ann, "typed meanwhile")
+    await asyncio.sleep(10)
+    await write(bob, "still ahead")
+    await shown(bob, "still ahead")
+    behind.process.send_signal(signal.SIGCONT)
+    await shown(ann, "typed meanwhile")
+    await shown(ann, "still ahead")
+    await write(bob, "after it all")
+    await shown(ann, "after it all")
+    expected += ["still ahead", "typed meanwhile", "after it all"]
+    assert await ann.evaluate(TEXTS) == await bob.evaluate(TEXTS) == expected
+    assert ann.loads == 1
+
+
+async def open_scripted(open_page, room, **welcome):
+    script = Script(**welcome)
+    page = await open_page(room.url, "ann", script.prepare)
+    return page, script
+
+
+def heartbeat(last):
+    return {"type": "heartbeat", "last": last}
+
+
+async def test_a_process_that_catches_up_makes_no_page_reload(room, open_page):
+    await room.post_many(3)
+    ann, script = await open_scripted(open_page, room, last=1)
+    await wait(ann, ONLINE)
+    script.send(heartbeat(2))
+    for number in range(2, 5):  # what it is behind with; the page knows 2 and 3
+        script.send_message(
+            number, nonce=room.room.history.events.get(number, {}).get("nonce")
+        )
+    script.send(heartbeat(4), heartbeat(4))
+    await shown(ann, "text 4")
+    assert await ann.evaluate(TEXTS) == [f"text {number}" for number in range(1, 5)]
+    assert ann.loads == 1
+
+
+async def test_another_history_reloads_the_page_once_a_minute_at_most(room, open_page):
+    """The server insists on fewer messages than the page has seen."""
+    await room.post_many(3)
+    ann, script = await open_scripted(open_page, room, last=1)
+    await wait(ann, ONLINE)
+    script.send(heartbeat(1))
+    await asyncio.sleep(0.2)
+    assert ann.loads == 1
+    script.send(heartbeat(1))
+    await until(lambda: ann.loads == 2 and len(script.ends) == 2)
+    await wait(ann, ONLINE)
+    script.send(*[heartbeat(1)] * 5)
+    script.send_message(9)  # a gap, which also wants a reload
+    await shown(ann, "text 9")
+    await asyncio.sleep(0.5)
+    assert ann.loads == 2
+
+
+async def test_a_gap_and_a_replaced_message_reload_the_page(room, open_page):
+    await room.post_many(3)
+    for number in 9, 2:  # a number too far; a number that was another message
+        ann, script = await open_scripted(open_page, room, last=3)
+        await wait(ann, ONLINE)
+        script.send_message(number, nonce="another")
+        await until(lambda page=ann: page.loads == 2)
+
+
+async def test_a_page_without_storage_waits_before_it_reloads(room, open_page):
+    """It cannot remember when it last did. So it waits until it is a minute old."""
+    script = Script(last=0)
+
+    async def prepare(page):
+        await script.prepare(page)
+        await page.add_init_script(NO_STORAGE)
+
+    ann = await open_page(room.url, "ann", prepare)
+    await wait(ann, ONLINE)
+    await hurry_page(ann, reload=1)
+    script.send_message(9)
+    await until(lambda: ann.loads == 2)
+    await wait(ann, ONLINE)
+    script.send_message(9)
+    await shown(ann, "text 9")
+    await asyncio.sleep(0.5)
+    assert ann.loads == 2
+
+
+async def test_an_event_that_the_page_does_not_know_is_an_error(room, open_page):
+    ann, script = await open_scripted(open_page, room)
+    await wait(ann, ONLINE)
+    script.send({"type": "from the future"})
+    script.send_message(1)
+    await shown(ann, "text 1")
+    assert ann.errors == ["unknown event from the future"]
+    ann.errors.clear()
+
+
+# --- Who is speaking ---
+async def test_a_page_never_sends_under_the_name_of_another_user(
+    room, proxy, open_page
+):
+    """Bob signs in in Ann's browser while her page is cut off."""
+    between = await proxy(room.port)
+    ann = await open_page(between.url, "ann")
+    bob = await open_page(between.url, "bob")
+    cookies = await ann.context.cookies(), await bob.context.cookies()
+    between.go_silent()
+    await hurry_page(ann, answer=0.5, retry=0.2)
+    await write(ann, "typed by ann")
+    await ann.fill("#text", "half a sen")
+    await ann.wait_for_selector("#status[data-status=offline]")
+    await ann.context.add_cookies(cookies[1])
+    between.recover()
+    await ann.wait_for_selector(".room[data-user=bob] #status[data-status=online]")
+    assert await ann.locator(".pending").count() == 0
+    assert await ann.input_value("#text") == ""
+    await write(ann, "typed by bob")
+    await shown(ann, "typed by bob")
+    await ann.context.add_cookies(cookies[0])
+    await ann.reload()
+    await shown(ann, "typed by ann")
+    assert await ann.input_value("#text") == "half a sen"
+    who = "[...document.querySelectorAll('[data-id] strong')].map(e => e.textContent)"
+    assert await ann.evaluate(who) == ["bob", "ann"]
+
+
+async def test_signing_out_takes_the_other_tabs_to_the_sign_in(room, open_page):
+    ann = await open_page(room.url, "ann")
+    other = await second_tab(ann, room.url)
+    await ann.click("#signout button")
+    await ann.wait_for_url("**/login")
+    await other.wait_for_url("**/login?why=ended")
+    assert "session has ended" in await other.inner_text("[role=status]")
+    assert other.errors == []
+
+
+async def test_a_deleted_account_finds_itself_at_the_sign_in(room, open_page):
+    ann = await open_page(room.url, "ann")
+    await chat.User(room.db).delete(room.user_id("ann"))
+    await ann.wait_for_url("**/login?why=ended")
+    assert "the account is gone" in await ann.inner_text("[role=status]")
+
+
+async def test_a_session_that_ended_meanwhile_leads_to_the_sign_in(room, open_page):
+    ann = await open_page(room.url, "ann")
+    await ann.context.clear_cookies()
+    await chat.close(list(room.room.connections), 1001)
+    await ann.wait_for_url("**/login?why=ended")
+
+
+# --- The outbox ---
+NO_STORAGE = """Object.defineProperty(window, "sessionStorage", {
+    get() { throw new DOMException("refused", "SecurityError"); },
+});"""
+FULL_STORAGE = """Storage.prototype.setItem = () => {
+    throw new DOMException("full", "QuotaExceededError");
+};"""
+
+
+@pytest.mark.parametrize("storage", [NO_STORAGE, FULL_STORAGE], ids=["refused", "full"])
+async def test_the_outbox_works_without_storage(room, open_page, storage):
+    async def prepare(page):
+        await page.add_init_script(storage)
+
+    ann = await open_page(room.url, "ann", prepare)
+    await wait(ann, ONLINE)
+    for text in "one", "two":
+        await write(ann, text)
+    await shown(ann, "two")
+    assert await ann.evaluate(TEXTS) == ["one", "two"]
+
+
+async def test_after_a_restart_in_memory_the_unsent_text_outlives_the_login(
+    start, open_page
+):
+    """The account is gone with the process; what was typed stays in the tab."""
+    port = str(unused_port())
+    process = start(PORT=port).wait_until_ready()
+    url = f"{process.url}/"
+    ann = await open_page(url, "ann")
+    process.process.kill()
+    await ann.wait_for_selector("#status[data-status=offline]")
+    await write(ann, "sent while away")
+    await ann.fill("#text", "half a sen")
+    start(PORT=port).wait_until_ready()
+    await ann.wait_for_url("**/login?why=ended")
+    await ann.context.request.post(f"{url}signin", form=account("ann"))
+    await ann.goto(url)
+    await shown(ann, "sent while away")
+    assert await ann.evaluate(TEXTS) == ["sent while away"]
+    assert await ann.input_value("#text") == "half a sen"
+
+
+async def test_a_message_that_was_not_saved_is_sent_again(room, open_page):
+    ann, script = await open_scripted(open_page, room)
+    await wait(ann, ONLINE)
+    await write(ann, "not yet")
+    await until(lambda: script.received)
+    nonce, sentence = script.received[0]["nonce"], "It is not saved yet."
+    script.send(
+        {"type": "error", "code": "not_saved", "text": sentence, "nonce": nonce}
+    )
+    await ann.locator("#problem", has_text=sentence).wait_for()
+    await until(lambda: len(script.received) == 2)
+    assert script.received[1] == script.received[0]
+    assert await ann.locator(".pending").count() == 1
+    script.send({"type": "receipt", "nonce": nonce, "id": 1})
+    await wait(ann, "document.getElementById('problem').textContent === ''")
+    script.send_message(1, "not yet", "ann", nonce)
+    await shown(ann, "not yet")
+    assert await ann.locator(".pending").count() == 0
+
+
+async def test_one_message_at_a_time_waits_for_its_receipt(room, open_page):
+    """Message before receipt, receipt before message, and a receipt for the repeated."""
+    ann, script = await open_scripted(open_page, room)
+    await wait(ann, ONLINE)
+    for text in "one", "two", "three":
+        await write(ann, text)
+    await until(lambda: script.received)
+    await asyncio.sleep(0.2)
+    assert [event["text"] for event in script.received] == ["one"]
+    script.send_message(1, "one", "ann", script.received[0]["nonce"])
+    await shown(ann, "one")
+    assert len(script.received) == 1
+    script.send({"type": "receipt", "nonce": script.received[0]["nonce"], "id": 1})
+    await until(lambda: len(script.received) == 2)
+    script.send({"type": "receipt", "nonce": script.received[1]["nonce"], "id": 2})
+    await until(lambda: len(script.received) == 3)
+    assert await ann.locator(".pending").count() == 2
+    script.send_message(2, "two", "ann", script.received[1]["nonce"])
+    script.send({"type": "receipt", "nonce": script.received[2]["nonce"], "id": 1})
+    await wait(ann, "document.querySelector('.pending') === null")
+    assert await ann.evaluate(TEXTS) == ["one", "two"]
+
+
+REFUSALS = {
+    "with its nonce": lambda nonce: {"nonce": nonce},
+    "without a nonce": lambda nonce: {},
+}
+
+
+@pytest.mark.parametrize("how", REFUSALS)
+async def test_a_refused_message_comes_back_and_the_next_one_goes(room, open_page, how):
+    ann, script = await open_scripted(open_page, room)
+    await wait(ann, ONLINE)
+    for text in "refused", "the next":
+        await write(ann, text)
+    await ann.fill("#text", "half a sen")
+    await until(lambda: script.received)
+    reason = {"type": "error", "code": "bad_event", "text": "Not this."}
+    script.send(reason | REFUSALS[how](script.received[0]["nonce"]))
+    await until(lambda: len(script.received) == 2)
+    assert script.received[1]["text"] == "the next"
+    assert await ann.inner_text("#problem") == "Not this."
+    assert await ann.input_value("#text") == "refused\nhalf a sen"
+    assert await ann.locator(".pending").count() == 1
+    await ann.reload()
+    assert await ann.input_value("#text") == "refused\nhalf a sen"
+
+
+async def test_a_frame_too_big_for_the_server_comes_back(room, open_page):
+    ann, script = await open_scripted(open_page, room)
+    await wait(ann, ONLINE)
+    for text in "too big", "the next":
+        await write(ann, text)
+    await until(lambda: script.received)
+    await script.ends[0].close(code=1009)
+    await until(lambda: len(script.received) == 2)
+    assert script.received[1]["text"] == "the next"
+    assert await ann.input_value("#text") == "too big"
+    assert "too long" in await ann.inner_text("#problem")
+
+
+async def test_a_message_too_long_stays_in_the_box(serve, open_page):
+    room = await serve(MAX_MESSAGE_LENGTH=10)
+    ann = await open_page(room.url, "ann")
+    await write(ann, "eleven, no?")
+    await ann.locator("#problem", has_text="at most 10 characters").wait_for()
+    assert await ann.input_value("#text") == "eleven, no?"
+    await write(ann, "😀" * 10)
+    await shown(ann, "😀" * 10)
+
+
+async def test_a_blank_message_comes_back_with_the_reason(room, open_page):
+    """Three spaces of no width: the page takes them for text, the server does not."""
+    ann = await open_page(room.url, "ann")
+    await write(ann, "\u200b" * 3)
+    await wait(ann, "document.getElementById('problem').textContent !== ''")
+    assert await ann.input_value("#text") == "\u200b" * 3
+    assert await ann.locator(".pending").count() == 0
+
+
+async def test_a_user_who_types_too_fast_loses_nothing(serve, open_page):
+    room = await serve(MESSAGE_BURST=2, MESSAGES_PER_SECOND=10)
+    ann = await open_page(room.url, "ann")
+    expected = [f"message {number}" for number in range(6)]
+    for text in expected:
+        await write(ann, text)
+    await shown(ann, expected[-1])
+    assert await ann.evaluate(TEXTS) == expected
+
+
+async def test_a_tab_with_unsent_messages_asks_before_it_closes(room, open_page):
+    ann, script = await open_scripted(open_page, room)
+    await wait(ann, ONLINE)
+    asked = []
+
+    async def stay(dialog):
+        asked.append(dialog.type)
+        await dialog.dismiss()
+
+    ann.on("dialog", stay)
+    await write(ann, "unsent")
+    await until(lambda: script.received)
+    await ann.close(run_before_unload=True)
+    await until(lambda: asked == ["beforeunload"])
+    script.send_message(9)  # a gap: the page's own reload asks nothing
+    await until(lambda: ann.loads == 2)
+    assert asked == ["beforeunload"]
