@@ -151,7 +151,7 @@ def mongodb(tmp_path_factory):
 
 @pytest.fixture
 def standalone(tmp_path, monkeypatch):
-    """A MongoDB of one's own, without a replica set; the chat waits 2 s for it, not 5."""
+    """A MongoDB of one's own, without a replica set; the chat waits 2 s for it."""
     monkeypatch.setattr(chat, "DEADLINE", 2)
     for name in "connectTimeoutMS", "socketTimeoutMS", "serverSelectionTimeoutMS":
         monkeypatch.setitem(chat.CLIENT_OPTIONS, name, 2_000)

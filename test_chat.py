@@ -24,7 +24,7 @@ from urllib.parse import urlencode
 
 import aiohttp
 import pytest
-from aiohttp.test_utils import unused_port
+from aiohttp.test_utils import TestClient, unused_port
 from bson import ObjectId
 from cryptography.fernet import Fernet
 
@@ -223,6 +223,122 @@ async def test_own_origin_may_write_and_who_sends_none(server):
         assert (response.status, response.url.path) == (200, "/")
 
 
+ORIGIN = "https://chat.example"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "chat.example"},
+        {"Host": "chat.example:443"},
+        {"Host": "10.0.0.7:8080", "X-Forwarded-Host": "chat.example, proxy.internal"},
+        {"Host": "internal", "X-Forwarded-Proto": "http"},
+        {"Host": "evil.example"},
+    ],
+)
+async def test_with_origin_set_no_proxy_can_refuse_the_chats_own_people(serve, headers):
+    """What the browser says counts, and nothing that a proxy writes or forgets."""
+    server = await serve(chat.Settings(ORIGIN=ORIGIN))
+    ann = await server.visitor()
+    headers = headers | {"Origin": ORIGIN, "Cookie": await session_header(ann)}
+    ws = await ann.ws_connect("/ws", headers=headers)
+    assert (await read(ws, "welcome"))["user"] == "ann"
+    response = await ann.post(
+        "/login", data=form("ann"), headers=headers, allow_redirects=False
+    )
+    assert response.status == 303
+
+
+async def session_header(visitor):
+    """Sign up; return what a browser would send (over TLS only, where it is Secure)."""
+    response = await visitor.post("/signin", data=form("ann"), allow_redirects=False)
+    assert response.status == 303
+    return response.headers["Set-Cookie"].partition(";")[0]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://chat.example", "https://chat.example:8443", "https://evil.example",
+        "https://chat.example.evil.example", "null", "", "http://127.0.0.1:{port}",
+    ],
+)  # fmt: skip
+async def test_with_origin_set_every_other_origin_is_refused(serve, caplog, origin):
+    server = await serve(chat.Settings(ORIGIN=ORIGIN))
+    ann = await server.visitor()
+    headers = {"Origin": origin.format(port=server.port), "Host": "chat.example"}
+    for _ in range(3):
+        response = await ann.post("/signin", data=form("ann"), headers=headers)
+        assert response.status == 403
+        assert (await ann.get("/ws", headers=headers)).status == 403
+    (line,) = caplog.messages  # once a minute
+    assert repr(headers["Origin"]) in line and repr(ORIGIN) in line
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "",
+             "localhost.evil.example",  "127.0.0.1:x", "[::1].evil.example", "a b"]
+)  # fmt: skip
+async def test_without_origin_a_name_that_may_be_a_strangers_is_refused(
+    serve, caplog, host
+):
+    """A page of evil.example whose name points at 127.0.0.1 gets nothing."""
+    server = await serve(chat.Settings())
+    visitor = await server.visitor()
+    headers = {"Host": host, "Origin": f"http://{host}"}
+    for path in "/login", "/", "/static/chat.js", "/nothing", "/ws", "/login":
+        response = await visitor.get(path, headers=headers)
+        assert response.status == 421
+        assert "set ORIGIN" in await response.text()
+    response = await visitor.post("/signin", data=form("eve"), headers=headers)
+    assert response.status == 421
+    (line,) = caplog.messages
+    assert repr(host) in line and "ORIGIN" in line
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:1", "127.0.0.1", "192.168.1.7:8080", "[::1]:8080",
+             "[fe80::1]", "LOCALHOST:8080"]
+)  # fmt: skip
+async def test_without_origin_localhost_and_addresses_are_served(serve, host):
+    server = await serve(chat.Settings())
+    visitor = await server.visitor()
+    own, foreign = f"http://{host}", "http://localhost:2"
+    for origin, status in (own, 303), (foreign, 403), ("null", 403):
+        response = await visitor.post(
+            "/signin",
+            data=form("ann"),
+            headers={"Host": host, "Origin": origin},
+            allow_redirects=False,
+        )
+        assert response.status == status
+
+
+async def test_browsers_are_told_to_send_the_origin_whatever_a_proxy_says(server):
+    visitor = await server.visitor()
+    for path in "/login", "/signin":
+        page = await (await visitor.get(path)).text()
+        assert '<meta name="referrer" content="same-origin">' in page
+
+
+async def test_browser_that_keeps_no_cookie_is_told_so(serve):
+    server = await serve(chat.Settings())
+    visitor = TestClient(server, cookie_jar=aiohttp.DummyCookieJar())
+    async with visitor:
+        for path in "/signin", "/login":
+            headers = {"Referer": str(server.make_url(path + "?why=ended"))}
+            response = await visitor.post(path, data=form("ann"), headers=headers)
+            assert str(response.url).endswith("/login?why=cookie")
+            assert "did not keep the cookie" in await response.text()
+        response = await visitor.get("/", headers={"Referer": str(server.make_url(""))})
+        assert str(response.url).endswith("/login")
+        assert "cookie" not in await response.text()
+        page = await (await visitor.get("/login?why=ended")).text()
+        assert "Your session has ended" in page
+        page = await (await visitor.get("/login?why=<b>")).text()
+        assert 'class="notice"' not in page
+
+
 async def test_request_knows_the_id_and_the_name_of_its_user_and_no_more(server):
     """Above all not the hash of the password, which would stay with a connection."""
     await connect(await sign_in(server, email="ann@example.org"))
@@ -239,6 +355,16 @@ async def test_every_page_carries_the_security_headers(server):
         assert headers["X-Content-Type-Options"] == "nosniff"
 
 
+async def test_head_is_answered_wherever_get_is(server):
+    ann, visitor = await sign_in(server), await server.visitor()
+    for path, status in ("/login", 200), ("/signin", 200), ("/static/chat.js", 200):
+        response = await visitor.head(path)
+        assert (response.status, await response.text()) == (status, "")
+    for path, status in ("/", 200), ("/?before=9", 200), ("/ws", 400), ("/login", 303):
+        response = await ann.head(path, allow_redirects=False)
+        assert response.status == status
+
+
 async def test_websocket_is_no_page_and_keeps_no_headers_of_one(server):
     ann = await sign_in(server)
     headers = (await ann.ws_connect("/ws"))._response.headers
@@ -246,7 +372,26 @@ async def test_websocket_is_no_page_and_keeps_no_headers_of_one(server):
     assert "Content-Security-Policy" in (await ann.get("/ws")).headers  # a 400
 
 
-async def test_database_that_does_not_answer_is_a_503_and_comes_back(serve, standalone):
+async def test_fault_of_ours_is_a_plain_500_with_its_traceback_in_the_log(
+    serve, monkeypatch, caplog
+):
+    server = await serve(chat.Settings())
+    monkeypatch.setattr(chat, "read_number", lambda *_: {}["a fault of ours"])
+    ann = await sign_in_without_page(server)
+    for _ in range(2):
+        caplog.clear()
+        response = await ann.get("/")
+        assert response.status == 500 and "fault" not in await response.text()
+        assert "KeyError: 'a fault of ours'" in caplog.text
+
+
+async def sign_in_without_page(server):
+    visitor = await server.visitor()
+    await visitor.post("/signin", data=form("ann"), allow_redirects=False)
+    return visitor
+
+
+async def test_database_that_does_not_answer_is_a_503_and_comes_back(standalone, serve):
     server = await serve(on(standalone.uri))
     ann = await sign_in(server)
     standalone.freeze()
@@ -642,7 +787,10 @@ async def test_form_that_cannot_be_read_is_a_clear_400(serve, caplog, path, kind
     assert "Traceback" not in caplog.text
 
 
-async def test_generated_forms_are_taken_or_refused_but_never_break(server, caplog):
+async def test_generated_forms_are_taken_or_refused_but_never_break(
+    server, caplog, monkeypatch
+):
+    monkeypatch.setattr(chat, "hash_password", str.upper)  # this is about the rest
     st = strategies()
     field = st.text(max_size=40) | st.text("abc_-@. ", max_size=40)
     passwords = st.just(PASSWORD) | field
@@ -767,7 +915,7 @@ async def all_until(nonce, ws):
     return heard
 
 
-async def test_message_that_nobody_has_stored_is_shown_to_nobody(serve, standalone):
+async def test_message_that_nobody_has_stored_is_shown_to_nobody(standalone, serve):
     """Stored first, broadcast second: a message that fails is in no one's log."""
     server = await serve(on(standalone.uri))
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
@@ -786,7 +934,7 @@ async def test_message_that_nobody_has_stored_is_shown_to_nobody(serve, standalo
     assert seen == ["n0", "n1", "n2"]
 
 
-async def test_frozen_database_lets_nobody_wait_for_long(serve, standalone):
+async def test_frozen_database_lets_nobody_wait_for_long(standalone, serve):
     server = await serve(on(standalone.uri))
     sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
     await say(sockets[0], "before")
@@ -1246,8 +1394,8 @@ async def test_presence_that_was_lost_or_overwritten_is_written_again(serve, mon
     one, other = await serve(settings), await serve(settings)
     ann, bob = await sign_in(one, "ann"), await sign_in(other, "bob")
     from_ann, from_bob = await connect(ann), await connect(bob)
-    while (await read(from_bob, "joined"))["user"] != "ann":
-        pass
+    both = {(await read(from_bob, "joined"))["user"] for _ in "12"}
+    assert both == {"ann", "bob"}
     processes = one.app[chat.DATABASE].processes
     for harm in (
         lambda: processes.delete_one({"names": "ann"}),
@@ -1276,7 +1424,7 @@ async def test_catching_up_tells_who_has_gone_and_who_has_come(serve):
 
 
 async def test_joining_while_the_database_is_away_is_announced_later(
-    serve, standalone, monkeypatch
+    standalone, serve, monkeypatch
 ):
     monkeypatch.setattr(chat, "RENEWAL", 0.5)
     server = await serve(on(standalone.uri))
@@ -1300,7 +1448,7 @@ async def test_joining_while_the_database_is_away_is_announced_later(
     assert await read(from_ann, "left") == {"type": "left", "user": "bob"}
 
 
-async def test_departure_while_the_database_is_away_is_told_later(serve, standalone):
+async def test_departure_while_the_database_is_away_is_told_later(standalone, serve):
     server = await serve(on(standalone.uri))
     from_ann = await connect(await sign_in(server, "ann"))
     from_bob = await connect(await sign_in(server, "bob"))
@@ -1506,7 +1654,7 @@ async def test_accounts_messages_and_sessions_outlive_the_chat_on_the_readmes_se
     )
     ws = await connect(again, after=0)
     assert [event["text"] for event in ws.replayed] == ["hello"]
-    assert (await say(ws, "hello", nonce="n-1"))["id"] == receipt["id"]
+    assert (await send(ws, "hello", "n-1"))["id"] == receipt["id"]
 
 
 async def test_every_socket_is_closed_with_1001_and_then_the_database(serve, settings):
