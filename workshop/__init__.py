@@ -9,7 +9,7 @@ Each name is loaded when you first ask for it, so that the tests can import
 import importlib
 
 HOMES = {
-    "sources": "difference fold head screen show show_constants show_script",
+    "sources": "difference fold head screen section show show_script",
     "copies": "edit",
     "people": "Person quiet",
     "wire": "Wire",

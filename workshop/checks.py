@@ -319,3 +319,6 @@ async def tried(talk, *more) -> None:
 
         said = await verdict(run, talk)
         print(said[0], scenario.__doc__, said[2:] if said[0] != "✓" else "")
+
+
+from workshop.checks_chat import *  # noqa: E402, F403

@@ -26,6 +26,9 @@ class Page(str):
 class NotAttempted:
     """Stand for a copy whose `…` has not been replaced yet."""
 
+    def __repr__(self) -> str:
+        return "○ Not attempted yet: there is a … to replace."
+
 
 NOT_ATTEMPTED = NotAttempted()
 

@@ -127,6 +127,24 @@ class Person(Client):
         """Connect again, and say the number of the last message seen."""
         await self.connect(f"/ws?after={after}")
 
+    @property
+    def is_connected(self) -> bool:
+        return self.reader is not None and not self.reader.done()
+
+    async def come_over(self) -> None:
+        """Come back to a server that was started again, if it was left open."""
+        if self.reader:
+            last = max((message["id"] for message in self.messages()), default=0)
+            await self.come_back(last)
+
+    async def peek(self, path: str, **more) -> dict | int:
+        """Return the first event of a new WebSocket, or the status that refuses it."""
+        try:
+            async with self.session.ws_connect(path, **more) as ws:
+                return await ws.receive_json(timeout=3)
+        except aiohttp.WSServerHandshakeError as refusal:
+            return refusal.status
+
     async def __aenter__(self) -> "Person":
         await self.sign_in()
         return await self.connect()

@@ -1,12 +1,11 @@
 """The room that everyone joins: the instructor's chat, and how to keep it in order."""
 
 import contextlib
-import os
-import socket
 
 from IPython.display import HTML, display
 
 import chat
+from workshop.mongodb import is_free
 from workshop.servers import Server, frame, own_address, serving
 
 opened = contextlib.AsyncExitStack()
@@ -58,15 +57,6 @@ async def open_room(host: str = "127.0.0.1", port: int = 8080) -> Room:
         print("Only this machine can reach this chat.")
     frame(server)
     return Room(server)
-
-
-def is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe, contextlib.suppress(OSError):
-        if os.name == "posix":  # on Windows it would find a taken port free
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
-        return True
-    return False
 
 
 async def close_room() -> None:

@@ -12,17 +12,20 @@ import subprocess
 import sys
 from unittest.mock import patch
 
+import aiohttp
 from aiohttp import web
 from IPython.display import HTML, display
 
 import chat
-from workshop.people import Person
+from workshop.copies import NOT_ATTEMPTED
+from workshop.people import PASSWORD, Person
 
 FIELDS = chat.Settings.model_fields
 DEFAULTS = {name: field.default for name, field in FIELDS.items()}
 # Cookies know no ports: a cookie of another chat on this host is no news.
 logging.getLogger("aiohttp_session").addHandler(logging.NullHandler())
 # One key for all servers of a notebook; and running a cell ten times is no attack.
+PEOPLE = "ann", "bob", "eve", "mallory"
 REPEATABLE = {"SECRET_KEY": secrets.token_hex(), "LOGIN_ATTEMPTS": 1_000_000}
 
 
@@ -32,7 +35,8 @@ class Server:
 
     def __init__(self, module, app, host: str) -> None:
         self.module, self.app, self.host, self.port = module, app, host, 0
-        self.people, self.log = [], []
+        self.people, self.log, self.tasks = [], [], []
+        self.shared = False  # by cells, which may be run again
 
     @property
     def url(self) -> str:
@@ -52,12 +56,26 @@ class Server:
         return self.people[-1]
 
     async def join(self, name: str, path: str = "/ws") -> Person:
-        """Return a person who has signed up, or in, and opened a WebSocket."""
+        """Return a person who has signed up, or in, and opened a WebSocket.
+
+        On a server that cells share, each is there once.
+        """
+        for person in self.people if self.shared else ():
+            if person.name == name and person.is_connected:
+                return person
         person = await self.visitor(name)
         await person.sign_in()
         return await person.connect(path)
 
-    async def send_home(self) -> None:
+    def run(self, work) -> None:
+        """Run a coroutine beside the chat, until it ends or the chat does."""
+        self.tasks.append(asyncio.create_task(work))
+
+    async def end(self) -> None:
+        """Stop what runs beside the chat, and close everyone's connections."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
         for person in self.people:
             await person.close()
 
@@ -102,16 +120,30 @@ async def serving(
 
     `replaced` are settings, and names of chat.py that get another value while the
     application starts. `change` is called with the application before that. What is
-    logged is kept in `server.log`, a line each; with `log` it is printed too.
+    logged is kept in `server.log`, a line each; with `log` it is printed too. In place of
+    what has not been attempted yet, the original is served.
     """
-    settings = {name: replaced.pop(name) for name in DEFAULTS.keys() & replaced.keys()}
-    settings = DEFAULTS | REPEATABLE | settings  # whatever the environment says
-    settings = module.Settings(_env_file=None, **settings)
+    if module is NOT_ATTEMPTED:
+        print("○ Not attempted yet: this is the original.")
+        module = chat
+    replaced = {name: v for name, v in replaced.items() if v is not NOT_ATTEMPTED}
+    Settings = replaced.pop("Settings", module.Settings)
+    names = Settings.model_fields.keys() & replaced.keys()
+    settings = {name: replaced.pop(name) for name in names}
+    listener = socket.create_server((host, port))
+    port = listener.getsockname()[1]  # the cookie is named by it
+    settings = DEFAULTS | REPEATABLE | {"PORT": port} | settings
+    try:  # whatever the environment says
+        settings = Settings(_env_file=None, **settings)
+    except ValueError:
+        listener.close()
+        raise
     routes = [
         (path, replaced.get(view.__name__, view), name)
         for path, view, name in module.ROUTES
     ]
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(listener.close)
         with patch.multiple(module, **{"ROUTES": routes} | replaced):
             app = module.init_app(settings)
             if change:
@@ -122,9 +154,9 @@ async def serving(
             stack.push_async_callback(runner.cleanup)
             with contextlib.redirect_stdout(io.StringIO()):
                 await runner.setup()
-        await web.TCPSite(runner, host, port).start()
-        server.port = runner.addresses[0][1]
-        stack.push_async_callback(server.send_home)
+        await web.SockSite(runner, listener).start()
+        server.port = port
+        stack.push_async_callback(server.end)
         yield server
 
 
@@ -135,17 +167,33 @@ memory = chat.AsyncMongoMockClient(tz_aware=True)  # its database, which outlive
 async def serve(*arguments, **changes) -> Server:
     """Serve the chat until `stop`; what was served before is stopped, and replaced.
 
-    Takes what `serving` takes. The port is any that is free, and then stays the same;
-    accounts, messages and sessions stay as well, until the kernel stops.
+    Takes what `serving` takes. The port is any that is free, and then stays the same.
+    Accounts, messages and sessions stay as well, until the kernel stops. The notebook's
+    people come over to the new server.
     """
     global live
     shared = {"port": live.port if live else 0, "log": True}
     shared["AsyncMongoMockClient"] = lambda **options: memory
+    people = live.people if live else []
+    if live:
+        live.people = []  # they stay connected for as long as the old server runs
     await stop()
     stack = contextlib.AsyncExitStack()
     live = await stack.enter_async_context(serving(*arguments, **shared | changes))
-    live.stop = stack.aclose
+    live.stop, live.shared, live.people = stack.aclose, True, people
+    for person in people:
+        with contextlib.suppress(OSError, aiohttp.ClientError, TimeoutError):
+            await person.come_over()
+    await reserve_names(live)
     return live
+
+
+async def reserve_names(server: Server) -> None:
+    """Create the accounts of the notebook's people, before you can take their names."""
+    for name in PEOPLE:
+        if not await server.db.users.find_one({"name_key": name}):
+            hashed = await asyncio.to_thread(chat.hash_password, PASSWORD)
+            await chat.User(server.db).create(name, "", hashed)
 
 
 async def stop() -> None:

@@ -33,34 +33,18 @@ def fold(summary: str, *things) -> None:
 
 def read(thing) -> tuple[str, str, str]:
     """Return a title, the source, and its language."""
-    stale = SOURCE.stat().st_mtime != LOADED
-    note = " — it has changed since it was imported: restart the kernel" * stale
     if isinstance(thing, Path):
         language = LANGUAGES.get(thing.suffix, "bash")
         return thing.name, thing.read_text("utf-8").rstrip(), language
-    if isinstance(thing, str):  # names of constants, one string
-        return f"chat.py{note}", constants(*thing.split()), "python"
-    whole = getattr(thing, "whole", thing)
-    lines, first = inspect.getsourcelines(whole)
-    lines = lines[: getattr(thing, "length", len(lines))]
-    title = f"chat.py, lines {first} to {first + len(lines) - 1}"
-    if "." in whole.__qualname__:
-        title += f", in class {whole.__qualname__.partition('.')[0]}"
-    return title + note, "".join(lines).rstrip(), "python"
+    lines = where(thing)
+    source = SOURCE.read_text("utf-8").splitlines()[lines[0] - 1 : lines[-1]]
+    return title(lines).strip("*"), "\n".join(source), "python"
 
 
-def constants(*names: str) -> str:
-    """Return the assignments to some names of chat.py."""
-    source = SOURCE.read_text("utf-8")
-    lines, found = source.splitlines(), []
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id in names:
-            found += lines[node.lineno - 1 : node.end_lineno]
-    return "\n".join(found)
-
-
-def show_constants(*names: str) -> None:
-    show(" ".join(names))
+def stale() -> str:
+    """Say so if chat.py is not what was imported."""
+    changed = SOURCE.stat().st_mtime != LOADED
+    return " — it has changed since it was imported: restart the kernel" * changed
 
 
 def show_script(*names: str) -> None:
@@ -73,18 +57,101 @@ def show_script(*names: str) -> None:
 
 
 class head:
-    """Stand for the beginning of a class, up to the first method after `__init__`."""
+    """Stand for the beginning of a class, up to its first method."""
 
     def __init__(self, whole: type) -> None:
-        lines, first = inspect.getsourcelines(whole)
-        methods = [
-            method.__code__.co_firstlineno - first
-            for name, method in vars(whole).items()
-            if inspect.isfunction(method) and name != "__init__"
-        ]
-        self.whole, self.length = whole, min(methods)
-        while lines[self.length - 1].strip()[:1] in ("", "#", "@"):
-            self.length -= 1
+        self.whole = whole
+
+
+def section(number: int, seen=None) -> None:
+    """Show one definition of a section of chat.py, and fold everything else in it."""
+    cut = where(seen) if seen else range(0)
+    if seen:
+        display(Markdown(f"{title(cut)}\n{code(cut)}"))
+    folds = [
+        piece for piece in pieces(number) if any(line not in cut for line in piece)
+    ]
+    count = sum(line not in cut for piece in folds for line in piece)
+    parts = [f"*{'The rest of s' if seen else 'S'}ection {number}, {count} lines:*\n"]
+    for piece in folds:
+        length = sum(line not in cut for line in piece)
+        summary = f"{', '.join(names_in(piece))} ({length} lines)"
+        parts.append(f"<details><summary><code>{escape(summary)}</code></summary>\n")
+        parts.append(f"{title(piece)}\n{code(piece, cut)}\n\n</details>")
+    display(Markdown("\n".join(parts)))
+
+
+def where(thing) -> range:
+    """Return the lines of chat.py that define a function, a class, or its head."""
+    lines, first = inspect.getsourcelines(getattr(thing, "whole", thing))
+    if isinstance(thing, head):
+        [tree] = ast.parse("".join(lines)).body
+        method = next(m for m in tree.body if isinstance(m, FUNCTION))
+        starts = [method.lineno, *(d.lineno for d in method.decorator_list)]
+        lines = "".join(lines[: min(starts) - 1]).rstrip().splitlines()
+    return range(first, first + len(lines))
+
+
+FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
+
+
+def pieces(number: int) -> list[range]:
+    """Divide the lines of a section: a class is a piece, what is between two is one.
+
+    Section 0 is what stands before the first one.
+    """
+    source = SOURCE.read_text("utf-8")
+    banners = re.finditer(r"^# -{70,}\n# \d\. ", source, re.MULTILINE)
+    starts = [source.count("\n", 0, banner.start()) + 1 for banner in banners]
+    lines = source.splitlines()
+    first, end = [1, *starts, len(lines) + 1][number : number + 2]
+    found, start = [], first
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and first <= node.lineno < end:
+            begin = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            if names_in(range(start, begin)):
+                found.append(range(start, begin))
+                start = begin
+            found.append(range(start, node.end_lineno + 1))
+            start = node.end_lineno + 1
+    found.append(range(start, end))
+    return [part for piece in found if (part := stripped(piece, lines))]
+
+
+def stripped(piece: range, lines: list[str]) -> range:
+    """Leave out empty lines around a piece."""
+    while piece and not lines[piece[0] - 1].strip():
+        piece = piece[1:]
+    while piece and not lines[piece[-1] - 1].strip():
+        piece = piece[:-1]
+    return piece
+
+
+def names_in(piece: range) -> list[str]:
+    """Return what is defined in some lines of chat.py."""
+    found = []
+    for node in ast.parse(SOURCE.read_text("utf-8")).body:
+        if node.lineno in piece:
+            if isinstance(node, (*FUNCTION, ast.ClassDef)):
+                found.append(node.name)
+            elif isinstance(node, ast.Assign):
+                found.append(node.targets[0].id)
+    return ["docstring, imports", *found] if piece[0] == 1 else found
+
+
+def title(piece: range) -> str:
+    return f"*chat.py, lines {piece[0]} to {piece[-1]}{stale()}*"
+
+
+def code(piece: range, cut: range = range(0)) -> str:
+    """Return lines of chat.py as Markdown; what is shown elsewhere is only named."""
+    source = SOURCE.read_text("utf-8").splitlines()
+    lines = [source[line - 1] for line in piece if line not in cut]
+    if cut and cut[0] in piece:
+        indent = " " * (len(source[cut[0] - 1]) - len(source[cut[0] - 1].lstrip()))
+        note = f"{indent}# … lines {cut[0]} to {cut[-1]} are shown above"
+        lines.insert(cut[0] - piece[0], note)
+    return "\n".join(["````python", *lines, "````"])
 
 
 def difference(title: str, before: str, after: str) -> None:

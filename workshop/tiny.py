@@ -113,7 +113,8 @@ class LittleServer:
     def complaints(self) -> list[str]:
         """Return what Python has complained of: its warnings, and errors in the log."""
         gc.collect()  # a coroutine that nobody awaits is missed when it goes
-        return [str(warning.message) for warning in self.warnings] + self.log
+        caught = [w.message for w in self.warnings if w.category is RuntimeWarning]
+        return [*map(str, caught), *self.log]
 
     async def send_home(self) -> None:
         for person in self.people:

@@ -1,0 +1,1 @@
+"""The checks of the exercises of part B, on `chat.py`."""
