@@ -8,15 +8,18 @@ has its intervals in `data-` attributes; `hurry` shortens them, so that tests ar
 import asyncio
 import contextlib
 import json
+import re
 import signal
+from datetime import UTC, datetime
 
 import pytest
 import pytest_asyncio
+from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
 from bson import ObjectId
 
 import chat
-from conftest import PASSWORD, Chromium, ChromiumWindow, until
+from conftest import BROWSERS, PASSWORD, Chromium, ChromiumWindow, need, optional, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 fixture = pytest_asyncio.fixture(loop_scope="session")
@@ -44,8 +47,10 @@ class Chat:
         return number
 
     async def post_many(self, count):
+        user = {"_id": ObjectId(), "name": "bob"}
         for number in range(1, count + 1):
-            await self.post(f"text {number}")
+            last = await self.room.post(user, f"text {number}", str(number))
+        await until(lambda: self.room.history.last_broadcast >= last)
 
     def user_id(self, name):
         found = (c.user["_id"] for c in self.room.connections if c.user["name"] == name)
@@ -78,6 +83,7 @@ class Proxy:
         self.target = port
         self.lines = []  # each may be silenced, and is never heard again
         self.silent = self.hostile = False
+        self.swap = b"", b""
 
     async def handle(self, reader, writer):
         try:
@@ -98,7 +104,7 @@ class Proxy:
                 if self.hostile and b"upgrade: websocket" in data.lower():
                     break
                 if not line["silent"]:
-                    writer.write(data)
+                    writer.write(data.replace(*self.swap) if any(self.swap) else data)
                     await writer.drain()
         if not line["silent"]:
             self.cut(line)
@@ -140,6 +146,24 @@ async def proxy():
         server.close()
     for each in proxies:
         each.cut_all()
+
+
+@fixture
+async def around():
+    """A function that serves a page with an address in a frame, as a notebook does."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def around(url):
+            async def show(request):
+                html = f"<input id=cell autofocus><iframe src='{url}'></iframe>"
+                return web.Response(text=html, content_type="text/html")
+
+            app = web.Application()
+            app.router.add_get("/", show)
+            server = await stack.enter_async_context(TestServer(app))
+            return str(server.make_url("/"))
+
+        yield around
 
 
 # --- What people do, in any browser ---
@@ -378,8 +402,9 @@ ADDRESSES = {  # a text, and what is a link in it
     "https://a.b\u202egpj.exe https://a.b\x85c \ufeffhttps://a.b\ufeff": ["https://a.b"]
     * 3,
 }
-LINKS = """[...document.querySelectorAll('#messages p')].map(p => [p.textContent,
-    [...p.querySelectorAll('a')].map(a => a.getAttribute('href') + a.rel + a.target)])"""
+LINKS = """[...document.querySelectorAll('#messages p')].map((p) => [p.textContent,
+    [...p.querySelectorAll('a')].map((a) => [a.getAttribute('href'), a.rel, a.target])
+])"""
 
 
 async def test_web_addresses_are_links_by_script_and_by_template(room, open_window):
@@ -388,7 +413,7 @@ async def test_web_addresses_are_links_by_script_and_by_template(room, open_wind
         await room.post(text)
     await ann.wait(f"{TEXTS}.length === {len(ADDRESSES)}")
     expected = [
-        [text, [f"{link}noopener noreferrer nofollow_blank" for link in links]]
+        [text, [[link, "noopener noreferrer nofollow", "_blank"] for link in links]]
         for text, links in ADDRESSES.items()
     ]
     assert await ann.run(LINKS) == expected
@@ -497,7 +522,7 @@ async def test_a_late_close_of_an_old_socket_changes_nothing(room, open_page):
 async def test_two_processes_of_which_one_is_held_back(
     start, mongodb, proxy, open_page
 ):
-    """The page comes back to a process that stands still for 10 s, and then is behind."""
+    """The page comes back to a process that stands still for 10 s, then is behind."""
     environment = {
         "MONGO_HOST": mongodb,
         "MONGO_DB_NAME": f"test-{ObjectId()}",
@@ -730,7 +755,7 @@ async def test_a_message_that_was_not_saved_is_sent_again(room, open_page):
 
 
 async def test_one_message_at_a_time_waits_for_its_receipt(room, open_page):
-    """Message before receipt, receipt before message, and a receipt for the repeated."""
+    """The receipt comes after the message, before it, or for a repeated message."""
     ann, script = await open_scripted(open_page, room)
     await wait(ann, ONLINE)
     for text in "one", "two", "three":
@@ -836,3 +861,413 @@ async def test_a_tab_with_unsent_messages_asks_before_it_closes(room, open_page)
     script.send_message(9)  # a gap: the page's own reload asks nothing
     await until(lambda: ann.loads == 2)
     assert asked == ["beforeunload"]
+
+
+# --- Flat ---
+COUNT_BATCHES = """() => {  // what is added in one task is laid out together
+    window.batches = [];
+    new MutationObserver((changes) => window.batches.push(
+        changes.flatMap((c) => [...c.addedNodes]).filter((e) => e.dataset?.id).length
+    )).observe(document.getElementById("messages"), { childList: true });
+}"""
+
+
+async def test_a_thousand_missed_messages_cost_one_layout(room, proxy, open_page):
+    between = await proxy(room.port)
+    ann = await open_page(between.url, "ann")
+    await ann.evaluate(COUNT_BATCHES)
+    between.go_silent()
+    between.cut_all()
+    await ann.wait_for_selector("#status:not([data-status=online])")
+    await room.post_many(1_000)
+    between.recover()
+    await shown(ann, "text 1000")
+    assert await ann.evaluate("batches.filter((size) => size > 0)") == [1_000]
+    assert ann.loads == 1
+
+
+async def test_the_log_stays_flat_and_the_rest_is_behind_older_messages(
+    room, open_page
+):
+    """The newest 300 lines stay: 299 messages, and the line with their day."""
+    await room.post_many(420)
+    ann, script = await open_scripted(open_page, room, last=420)
+    await wait(ann, ONLINE)
+    for number in range(421, 1_421):
+        script.send_message(number)
+    await shown(ann, "text 1420")
+    assert (
+        await ann.evaluate("document.querySelectorAll('#messages > li').length") <= 300
+    )
+    first = await ann.get_attribute("#messages [data-id]", "data-id")
+    assert (await ann.get_attribute("#older", "href")).endswith(f"?before={first}")
+    assert (
+        await ann.locator(".day").first.evaluate("e => e.previousElementSibling")
+        is None
+    )
+
+
+async def test_two_thousand_people_cost_one_item_each(room, open_page):
+    names = [f"user{number:04}" for number in range(2_000)]
+    ann, script = await open_scripted(open_page, room, online=["ann", *names])
+    await wait(ann, ONLINE)
+    await ann.evaluate("""() => {
+        window.changes = [];
+        const observer = new MutationObserver((all) => window.changes.push(...all));
+        observer.observe(document.getElementById("online"), { childList: true });
+    }""")
+    script.send(
+        {"type": "joined", "user": "newcomer"}, {"type": "left", "user": "user0999"}
+    )
+    await wait(ann, "changes.length === 2")
+    expected = ["ann", "newcomer", *(name for name in names if name != "user0999")]
+    assert await ann.locator("#online li").all_text_contents() == expected
+    assert await ann.inner_text("#count") == "2001"
+
+
+async def test_joins_and_leaves_that_follow_each_other_share_one_line(room, open_page):
+    ann, script = await open_scripted(open_page, room)
+    await wait(ann, ONLINE)
+    script.send(*[{"type": "joined", "user": f"user{n:03}"} for n in range(1_000)])
+    script.send({"type": "left", "user": "user007"})
+    line = "user000, user001, user002, 996 others joined · user007 left"
+    await ann.locator(".notice", has_text=line).wait_for()
+    assert await ann.locator(".notice").count() == 1
+    script.send_message(1)
+    script.send({"type": "joined", "user": "user007"})
+    await ann.locator(".notice >> nth=1", has_text="user007 joined").wait_for()
+
+
+async def test_scrolling_back_and_coming_back_to_the_end(room, open_page):
+    await room.post_many(420)
+    ann = await open_page(room.url, "ann")
+    top = """() => {
+        const item = document.querySelector("[data-id='371']");
+        return item && Math.round(item.getBoundingClientRect().top);
+    }"""
+    await ann.evaluate("document.getElementById('log').scrollTop = 0")
+    before = await ann.evaluate(top)
+    await ann.evaluate("older.click(), older.click()")  # one at a time
+    await shown(ann, "text 321")
+    assert abs(await ann.evaluate(top) - before) <= 1
+    for first in 271, 221, 171, 121, 71, 21, 1:
+        await ann.click("#older")
+        await shown(ann, f"text {first}")
+    assert await ann.evaluate(TEXTS) == [f"text {n}" for n in range(1, 421)]
+    assert not await ann.is_visible("#older")
+    assert await ann.locator(".day").count() == 1
+    assert await ann.get_attribute("#log", "aria-busy") == "false"
+    await ann.evaluate("log.scrollTop = log.scrollHeight")
+    await room.post("text 421")
+    await shown(ann, "text 421")
+    assert (
+        await ann.evaluate("document.querySelectorAll('#messages > li').length") == 300
+    )
+    await ann.evaluate("document.getElementById('log').scrollTop = 0")
+    first = int(await ann.get_attribute("#messages [data-id]", "data-id"))
+    await ann.click("#older")
+    await shown(ann, f"text {first - 50}")
+    assert await ann.evaluate(TEXTS) == [f"text {n}" for n in range(first - 50, 422)]
+
+
+async def test_older_messages_that_do_not_come_are_a_sentence(room, open_page):
+    await room.post_many(60)
+    ann = await open_page(room.url, "ann")
+    await ann.route("**/?before=*", lambda route: route.abort())
+    await ann.click("#older")
+    await ann.locator("#older-problem", has_text="did not come").wait_for()
+    await ann.unroute("**/?before=*")
+    await ann.click("#older")
+    await shown(ann, "text 1")
+    assert await ann.inner_text("#older-problem") == ""
+
+
+# --- What people expect ---
+AT_END = "log.scrollHeight - log.scrollTop - log.clientHeight < 5"
+
+
+async def test_a_reader_who_scrolled_up_is_told_of_new_messages(room, open_page):
+    await room.post_many(50)
+    ann = await open_page(room.url, "ann")
+    assert await ann.evaluate(AT_END)
+    await room.post("followed")
+    await shown(ann, "followed")
+    assert await ann.evaluate(AT_END)
+    assert not await ann.is_visible("#new")
+    await ann.evaluate("log.scrollTop = 10")
+    await asyncio.sleep(0.1)
+    for text in "one", "two":
+        await room.post(text)
+    await ann.locator("#new", has_text="2 new messages").wait_for()
+    assert await ann.evaluate("log.scrollTop") == 10
+    await ann.click("#new")
+    assert await ann.evaluate(AT_END)
+    assert not await ann.is_visible("#new")
+
+
+async def test_a_removed_message_says_so(room, open_page):
+    """An operator blanks it: on an open page, in the history, and for a newcomer."""
+    for text in "fine", "to be removed":
+        await room.post(text)
+    ann = await open_page(room.url, "ann")
+    await chat.Message(room.db).blank(2)
+    await shown(ann, "This message was removed.")
+    await ann.reload()
+    assert await ann.evaluate(TEXTS) == ["fine", "This message was removed."]
+    assert await ann.locator(".removed").count() == 1
+
+
+async def test_a_long_text_is_folded_until_somebody_wants_it(room, open_page):
+    for text in "\n".join("x" * 30), "\n".join("x" * 15), "long " * 180:
+        await room.post(text)
+    ann = await open_page(room.url, "ann", viewport={"width": 360, "height": 640})
+    await room.post("\n".join("y" * 1_000)[:1_000])
+    folded = ann.locator("li.folded")
+    await wait(ann, "document.querySelectorAll('.folded').length === 3")
+    for height in await folded.evaluate_all("items => items.map(e => e.offsetHeight)"):
+        assert height < 600
+    await folded.first.locator("text=Show all").click()
+    assert await folded.count() == 2
+    assert await ann.locator("li p").first.evaluate("e => e.offsetHeight") > 700
+
+
+async def test_the_day_is_told_and_told_again_after_midnight(room, open_page):
+    await room.post("yesterday's")
+    ann = await open_page(room.url, "ann", locale="en-GB", timezone_id="UTC")
+    clock = await ann.inner_text("#messages time")
+    assert re.fullmatch(r"\d\d:\d\d", clock)
+    day = await ann.inner_text(".day")
+    assert datetime.now(UTC).strftime("%A") in day
+    await ann.evaluate("""() => {  // a day later
+        const Today = Date;
+        Date = class extends Today {
+            constructor(...all) { super(...(all.length ? all : [Date.now()])); }
+            static now() { return Today.now() + 86_400_000; }
+        };
+    }""")
+    await wait(ann, f"document.querySelector('time').textContent.length > {len(clock)}")
+    yesterday = datetime.now(UTC).strftime("%-d %b")
+    assert await ann.inner_text("#messages time") == f"{yesterday}, {clock}"
+    assert await ann.locator(".day").all_inner_texts() == [day]
+
+
+async def test_unread_messages_are_counted_in_the_title(room, open_page):
+    ann = await open_page(room.url, "ann")
+    await ann.evaluate(
+        "Object.defineProperty(document, 'hidden', { value: true, writable: true })"
+    )
+    for name in "bob", "bob", "ann":  # one's own are not news
+        await room.post("hello", name)
+    await wait(ann, f"{TEXTS}.length === 3")
+    assert await ann.title() == "(2) Chat"
+    await ann.evaluate("document.hidden = false")
+    await ann.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    assert await ann.title() == "Chat"
+
+
+async def test_after_sending_the_focus_is_in_the_box(room, open_page):
+    ann = await open_page(room.url, "ann")
+    await ann.fill("#text", "by the button")
+    await ann.click("#send button")
+    await ann.keyboard.type("next")
+    assert await ann.input_value("#text") == "next"
+
+
+async def test_printing_shows_all_that_is_loaded(room, open_page):
+    await room.post_many(50)
+    ann = await open_page(room.url, "ann")
+    await ann.emulate_media(media="print")
+    assert await ann.evaluate("log.scrollHeight === log.clientHeight")
+    first = await ann.locator("[data-id='1']").bounding_box()
+    last = await ann.locator("[data-id='50']").bounding_box()
+    height = await ann.evaluate("document.documentElement.scrollHeight")
+    assert 0 <= first["y"] < last["y"] < height
+    assert not await ann.is_visible("#send")
+
+
+async def test_a_page_in_a_frame_never_takes_the_focus(room, open_page, around):
+    """As in a notebook, whose keyboard shortcuts would go into the chat."""
+    ann = await open_page(room.url, "ann")
+    await ann.goto(await around(room.url))
+    frame = ann.frame_locator("iframe")
+    await frame.locator("#status[data-status=online]").wait_for()
+    assert await ann.evaluate("document.activeElement.id") == "cell"
+    await frame.locator("#text").fill("from the frame")
+    await frame.locator("#text").press("Enter")
+    await frame.locator("[data-id]", has_text="from the frame").wait_for()
+
+
+async def test_markup_arrives_as_text(room, open_page):
+    ann = await open_page(room.url, "ann")
+    bob = await open_page(room.url, "bob")
+    markup = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b>\n&amp; 'x'"
+    await write(ann, markup)
+    for page in ann, bob:
+        await shown(page, markup)
+    await bob.reload()
+    assert await bob.evaluate(TEXTS) == [markup]
+    assert await bob.locator("#log img, #log b").count() == 0
+    assert await bob.title() == "Chat"
+
+
+async def test_forms_and_history_work_without_javascript(room, open_page):
+    await room.post_many(60)
+    bob = await open_page(room.url, "bob", java_script_enabled=False)
+    assert (await bob.locator("[data-id] p").all_inner_texts())[0] == "text 11"
+    assert "needs JavaScript" in await bob.inner_text("noscript")
+    await bob.click("#older")
+    assert (await bob.locator("[data-id] p").all_inner_texts())[0] == "text 1"
+    await bob.click("text=Sign out")
+    await bob.wait_for_url("**/login")
+
+
+# --- It says why ---
+async def test_a_browser_that_keeps_no_cookie_is_told(room, proxy, open_page):
+    between = await proxy(room.port)
+    between.swap = b"Set-Cookie", b"Not-Cookie"  # the browser never gets to see it
+    page = await open_page(f"{between.url}signin")
+    for name, value in account("ann").items():
+        await page.fill(f"#{name}", value)
+    await page.click("main button")
+    await page.locator("[role=status]", has_text="did not keep the cookie").wait_for()
+
+
+async def test_too_many_windows_are_told(serve, open_page):
+    room = await serve(CONNECTIONS_PER_PERSON=1)
+    ann = await open_page(room.url, "ann")
+    other = watch(await ann.context.new_page())
+    await other.goto(room.url)
+    await other.locator("#reason", has_text="too many windows").wait_for()
+    await hurry_page(other, retry=0.2)
+    await ann.close()
+    await wait(other, ONLINE)
+    assert await other.inner_text("#reason") == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "sentence"),
+    [(503, "server is busy"), (502, "does not answer")],
+)
+async def test_a_server_that_has_no_time_is_told(room, open_page, status, sentence):
+    ann = await open_page(room.url, "ann")
+    await ann.route("**/ws", lambda route: route.fulfill(status=status))
+    room.room.settings = room.room.settings.model_copy(
+        update={"CONNECTIONS_PER_PERSON": 0}
+    )
+    await chat.close(list(room.room.connections), 1001)
+    await ann.locator("#reason", has_text=sentence).wait_for()
+
+
+async def test_a_proxy_that_passes_no_websockets_is_named(room, proxy, open_page):
+    between = await proxy(room.port)
+    ann = await open_page(between.url, "ann")
+    await hurry_page(ann, retry=0.2)
+    between.hostile = True
+    between.cut_all()
+    sentence = "does not let WebSockets pass"
+    await ann.locator("#reason", has_text=sentence).wait_for()
+    between.hostile = False
+    await wait(ann, ONLINE)
+    assert await ann.inner_text("#reason") == ""
+
+
+# --- For everybody ---
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_axe_finds_nothing(room, open_page, scheme):
+    name = "axe_playwright_python.async_playwright"
+    axe = need(optional(name), f"no axe: {BROWSERS}").Axe()
+    for text in "hello https://example.org", "\n".join("x" * 30), "":
+        await room.post(text)
+    ann = await open_page(room.url, "ann", color_scheme=scheme)
+    await write(ann, "mine")
+    await shown(ann, "mine")
+    await ann.evaluate("document.getElementById('reason').textContent = 'A reason.'")
+    script = Script()
+    waiting = await open_page(room.url, "carl", script.prepare, color_scheme=scheme)
+    await write(waiting, "pending")
+    form = await open_page(f"{room.url}login?why=ended", color_scheme=scheme)
+    wrong = await open_page(f"{room.url}signin", color_scheme=scheme)
+    await wrong.fill("#login", "a!")
+    await wrong.fill("#password", "x")
+    await wrong.fill("#password2", "y")
+    await wrong.click("main button")
+    history = await ann.context.new_page()
+    await history.goto(f"{room.url}?before=9")
+    for page in ann, waiting, form, wrong, history:
+        results = await axe.run(page)
+        assert results.violations_count == 0, results.generate_report()
+
+
+@pytest.mark.parametrize("width", [320, 360])
+async def test_pages_fit_a_phone(room, open_page, width):
+    size = {"width": width, "height": 560}
+    ann = await open_page(room.url, "x" * 32, viewport=size)
+    await write(ann, "long" * 200)
+    await shown(ann, "long" * 200)
+    form = await open_page(f"{room.url}signin", viewport=size)
+    for page in ann, form:
+        assert await page.evaluate("document.documentElement.scrollWidth") == width
+    box = await ann.locator("#send button").bounding_box()
+    assert box["y"] + box["height"] <= 560
+
+
+async def test_the_chat_works_by_keyboard_alone(room, open_page):
+    page = await open_page(f"{room.url}signin")
+    for text in "ann", "", PASSWORD, PASSWORD:
+        await page.keyboard.press("Tab")
+        await page.keyboard.type(text)
+    await page.keyboard.press("Enter")
+    await wait(page, ONLINE)
+    await page.keyboard.type("one")
+    await page.keyboard.press("Shift+Enter")
+    await page.keyboard.type("two")
+    await page.keyboard.press("Enter")
+    await shown(page, "one\ntwo")
+    await page.keyboard.press("Shift+Tab")
+    assert await page.evaluate("document.activeElement.id") == "log"
+
+
+async def test_forced_colours_leave_edges_and_a_mark(room, open_page):
+    """High contrast takes the backgrounds away."""
+    await room.post("hello")
+    ann = await open_page(room.url, "ann", forced_colors="active")
+    await write(ann, "mine")
+    await shown(ann, "mine")
+    width = "e => parseFloat(getComputedStyle(e).borderInlineEndWidth)"
+    assert await ann.locator("#send button").evaluate(width) >= 1
+    other, own = await ann.locator("[data-id]").all()
+    assert await own.evaluate(width) > await other.evaluate(width)
+
+
+async def test_the_live_region_changes_once_for_each_message(room, open_page):
+    """A screen reader speaks what is added, and text that changes."""
+    await room.post("before")
+    ann = await open_page(room.url, "ann")
+    await ann.evaluate("""() => {
+        window.spoken = [];
+        new MutationObserver((changes) => {
+            for (const { addedNodes, type, target } of changes) {
+                window.spoken.push(...[...addedNodes].map((node) => node.textContent));
+                if (type === "characterData") window.spoken.push(target.data);
+            }
+        }).observe(document.getElementById("log"),
+            { childList: true, characterData: true, subtree: true });
+    }""")
+    await write(ann, "mine")
+    await shown(ann, "mine")
+    await room.post("theirs")
+    await shown(ann, "theirs")
+    spoken = await ann.evaluate("spoken")
+    notices = [text for text in spoken if "joined" in text]  # these are aria-live="off"
+    assert [text for text in spoken if text not in notices] == [
+        text for text in spoken if text.endswith(("mine", "theirs"))
+    ]
+    assert len(spoken) - len(notices) == 2
+
+
+async def test_a_translator_leaves_names_alone(room, open_page):
+    await room.post("hello")
+    ann = await open_page(room.url, "ann")
+    await wait(ann, "document.querySelector('#online li') !== null")
+    for selector in "#user", "#online li", "#messages strong":
+        assert await ann.locator(selector).first.get_attribute("translate") == "no"

@@ -162,7 +162,8 @@ function note({ type, user: name }) {
   const next = firstPending();
   let line = next ? next.previousElementSibling : messages.lastElementChild;
   if (!line?.people) {
-    line = make("li", "", { className: "notice", translate: false, people: new Map() });
+    line = make("li", "", { className: "notice", translate: false });
+    Object.assign(line, { ariaLive: "off", people: new Map() }); // don't speak these
     messages.insertBefore(line, next);
   }
   line.people.delete(name); // each person's latest counts, and stands last
