@@ -393,7 +393,8 @@ class MemoryDatabase(LocalDatabase):
         """
         result = await super().write(query, change)
         collection, number, _ = change
-        if collection == "messages" and number % HISTORY_SIZE == 0:
+        full = collection == "messages" and number % HISTORY_SIZE == 0
+        if full and await self.messages.find_one({"_id": number}):  # not blanked later
             await self.messages.rename("older", dropTarget=True)
         return result
 
@@ -559,7 +560,7 @@ class Message(Model):
                 if stored := await self.db.messages.find_one(sent):
                     return stored["_id"]
                 newest = await self.newest(1)  # or a foreign document is in the way
-                number = max(number, *(found["_id"] for found in newest)) + 1
+                number = max([number, *(found["_id"] for found in newest)]) + 1
 
     async def newest(self, count: int, before: int = 1 << 53) -> list[dict]:
         """Return up to `count` messages with a number below `before`, oldest first."""
