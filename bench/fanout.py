@@ -2,18 +2,19 @@
 
     pip install -r requirements.txt -r bench/requirements.txt
     npm install --prefix bench            # Node's ws and Bun; left out if missing
-    python bench/fanout.py                # about a quarter of an hour
-    python bench/fanout.py --quick        # less than a minute
+    python bench/fanout.py                # about half an hour
+    python bench/fanout.py --quick        # about a minute
 
-Every server runs alone, one after another in turns, on the first core; the load comes
-from this process, on the last. Nothing leaves the machine, and all of it is bounded.
-The figure to trust is the server's CPU time per delivery (one frame to one reader): it
-says about the same on a busy machine as on a quiet one.
+Every server runs alone, in turns with the others, on the first core; the load comes
+from a program in C on the last one. Nothing leaves the machine, and all of it ends by
+itself. The figure to trust is the server's CPU time per delivery (one frame to one
+reader): it says about the same on a busy machine as on a quiet one.
 """
 
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import platform
@@ -23,207 +24,179 @@ import time
 from datetime import date
 from pathlib import Path
 
-try:
-    import checks
-    import load
-    import servers
-    from tqdm import tqdm
-except ModuleNotFoundError as error:
-    sys.exit(f"{error.name} is missing: pip install -r bench/requirements.txt")
+if sys.platform != "linux":
+    sys.exit("The benchmark needs Linux.")
 
-NAN = float("nan")
-WORKLOADS = {"one": (1, 1), "eight": (8, 8)}  # senders, messages in flight of each
+import checks
+import load
+import servers
+
+WORKLOADS = {"one": {"s": 1, "w": 1}, "eight": {"s": 8, "w": 8}}
 ROOT = Path(__file__).parent.parent
+DEMO = "aiohttp demo chat"
+PYTHON = [name for name in servers.PEERS if name not in ("Node ws", "Bun publish")]
+PYTHON.remove(f"{DEMO} on uvloop")  # a variant of ours: its README has none
 
 
 # --- Fan-out ---
-def measure(name: str, readers: int, seconds: float, chat: Path) -> dict:
+def measure(name: str, readers: int, options) -> dict:
     """Connect the readers to a fresh server, and run both workloads."""
-    server, message, cookie, cookies = servers.start(name, chat)
-    with server:
-        room = load.Load(server.port, message)
-        try:
-            return measure_room(server, room, readers, seconds, cookie, cookies)
-        finally:
-            room.close()
+    with servers.start(name, options.chats, options.accounts) as server:
+        load.run(server, n=10, d=0.2)  # what comes only with the first messages
+        figures, talk = {}, {"n": readers, "d": options.seconds}
+        for workload, senders in WORKLOADS.items():
+            figures[workload] = load.run(server, **talk, **senders)
+    return figures | {"kib": figures["one"]["kib"]}
 
 
-def measure_room(server, room, readers, seconds, cookie, cookies) -> dict:
-    warm = load.Load(server.port, room.message)  # what comes only with first messages
-    warm.connect(10, cookie, talk=True)
-    warm.settle()
-    warm.run(0.2, talkers=1, in_flight=1)
-    warm.settle()
-    before, start = server.memory(), time.perf_counter()
-    share, rest = divmod(readers, len(cookies))
-    room.connect(share // 2 + rest, cookie)
-    for number, own in enumerate(cookies):  # who talks may sit anywhere in the room
-        room.connect(1, own, talk=True)
-        last = number + 1 == len(cookies)
-        room.connect(share - share // 2 if last else share, cookie)
-    connecting = time.perf_counter() - start
-    room.settle()
-    memory = (server.memory() - before) / (readers + len(cookies))
-    warm.close()
-    room.settle()
-    result = {"memory": memory, "connecting": connecting}
-    for workload, (talkers, in_flight) in WORKLOADS.items():
-        room.run(min(seconds / 4, 0.5), talkers, in_flight)
-        calm = room.settle(limit=15)
-        result[workload] = (
-            room.run(seconds, talkers, in_flight, cpu=server.cpu) if calm else {}
-        )
-    return result
-
-
-def measure_all(names, plan, options, progress) -> tuple[dict, dict]:
+def measure_all(names, plan, options) -> tuple[dict, dict]:
     """Measure all servers in turn, and again for every number of readers in the plan.
 
     Return the results by (readers, name), and why others are missing.
     """
     results, missing = {}, {}
-    for readers in plan:
-        for name in names:
-            progress.set_description(f"{name}, {readers:,} readers")
-            if name not in missing:
-                try:
-                    result = measure(name, readers, options.seconds, options.chat)
-                    results.setdefault((readers, name), []).append(result)
-                except servers.Missing as error:
-                    missing[name] = str(error)
-                except (load.LoadError, OSError) as error:
-                    key = f"{name}, {readers:,} readers"
-                    missing.setdefault(key, f"{type(error).__name__}: {error}")
-            progress.update()
-    return results, missing
+    for readers, name in itertools.product(plan, names):
+        key = f"{name}, {readers:,} readers"
+        if name in missing or key in missing:
+            continue
+        say(key)
+        try:
+            results.setdefault((readers, name), []).append(
+                measure(name, readers, options)
+            )
+        except servers.Missing as error:
+            missing[name] = str(error)
+        except (load.LoadError, OSError) as error:
+            missing[key] = f"{type(error).__name__}: {error}"
+    return {
+        key: summarize(rounds) for key, rounds in results.items() if rounds
+    }, missing
+
+
+def say(what: str) -> None:
+    print(f"{time.strftime('%X')} {what}", file=sys.stderr, flush=True)
 
 
 def summarize(rounds: list[dict]) -> dict:
     """Return the median of some rounds, figure by figure."""
-    summary = {
-        key: statistics.median(one[key] for one in rounds)
-        for key in ("memory", "connecting")
-    }
+    summary = {"kib": statistics.median(one["kib"] for one in rounds)}
     for workload in WORKLOADS:
-        runs = [one[workload] for one in rounds if one[workload]]
-        for run in runs:
-            run["rate"] = run["deliveries"] / run["seconds"]
-            nothing = not (run["deliveries"] and run["cpu"])
-            run["per_cpu"] = NAN if nothing else run["deliveries"] / run["cpu"]
-        figures = runs[0] if runs else dict.fromkeys(FIGURES, NAN)
-        median = {
-            key: statistics.median(run[key] for run in runs or [figures])
-            for key in figures
-        }
-        median["missing"] = max((run["missing"] for run in runs), default=1)
-        summary[workload] = median
+        runs = [one[workload] for one in rounds if one[workload]["each"]]
+        summary[workload] = {
+            figure: statistics.median(run[figure] for run in runs) if runs else None
+            for figure in ("each", "p50", "p99")
+        } | {"missing": max(one[workload]["missing"] for one in rounds)}
     return summary
 
 
 # --- Telling ---
-FIGURES = ("rate", "per_cpu", "p50", "p99")
 HEAD = """\
-| readers | server | one sender, waiting: deliveries/s | CPU µs each | p50, p99 ms \
-| 8 senders × 8 in flight: deliveries/s | CPU µs each | p50, p99 ms | KiB a connection |
-|---:|---|---:|---:|---:|---:|---:|---:|---:|"""
+| readers | server | one sender, waiting: µs of CPU a delivery | p50, p99 ms \
+| 8 senders × 8 in flight: µs of CPU a delivery | p50, p99 ms | KiB a connection |
+|---:|---|---:|---:|---:|---:|---:|"""
 
 
-def table(summaries: dict) -> str:
+def table(summaries: dict, chats) -> str:
     """Make the table: what costs least under load comes first."""
-    lines = [HEAD]
-    for readers, name in sorted(summaries, key=lambda key: rank(key, summaries)):
+
+    def cost(key):
+        return key[0], summaries[key]["eight"]["each"] or float("inf")
+
+    lines, lost = [HEAD], False
+    for readers, name in sorted(summaries, key=cost):
         summary = summaries[readers, name]
-        bold = "**" if name in servers.CHAT_NAMES else ""
+        bold = "**" if name.removesuffix(servers.WITHOUT) in chats else ""
         cells = [f"{readers:,}", f"{bold}{name}{bold}"]
         for workload in WORKLOADS:
-            run = summary[workload]
-            lost = " *" if run["missing"] else ""
-            cells += [
-                f"{run['rate']:,.0f}{lost}",
-                f"{1e6 / run['per_cpu']:#.3g}".rstrip("."),
-                f"{figure(run['p50'] * 1000)}, {figure(run['p99'] * 1000)}",
-            ]
-        cells.append(f"{summary['memory'] / 1024:.1f}")
+            one = summary[workload]
+            star, lost = ("\\*", True) if one["missing"] else ("", lost)
+            cells.append(f"{figure(one['each'])}{star}")
+            cells.append(f"{figure(one['p50'])}, {figure(one['p99'])}")
+        cells.append(f"{summary['kib']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
-    if any("*" in line.replace("**", "") for line in lines[1:]):
+    if lost:
         lines.append("\n\\* Not all had arrived when the measurement ended.")
     return "\n".join(lines)
 
 
-def rank(key: tuple[int, str], summaries: dict) -> tuple[int, float]:
-    per_cpu = summaries[key]["eight"]["per_cpu"]
-    return key[0], -per_cpu if per_cpu == per_cpu else 0  # NaN comes last
+def figure(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
-def figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 or value != value else f"{value:.2g}"
+def compare(summaries: dict, chats) -> list[tuple]:
+    """Return the targets of the fan-out: what, ratio of costs, the most it may be."""
+    found = []
 
+    def target(readers, workload, other, most, chat="chat"):
+        mine, theirs = summaries.get((readers, chat)), summaries.get((readers, other))
+        if mine and theirs and mine[workload]["each"] and theirs[workload]["each"]:
+            what = "one sender, waiting" if workload == "one" else "8 × 8 in flight"
+            what = f"{readers:,} readers, {what}: {chat} to {other}"
+            ratio = mine[workload]["each"] / theirs[workload]["each"]
+            found.append((what, ratio, most))
 
-def ratios(summaries: dict, readers: int) -> list[tuple[str, float, float, bool]]:
-    """Return the targets at so many readers: what, ratio, target, whether it is met."""
-    at = {name: one for (count, name), one in summaries.items() if count == readers}
-    if "chat" not in at:
-        return []
-    found, chat = [], at["chat"]
+    def best(readers, workload):
+        costs = {name: summaries.get((readers, name)) for name in PYTHON}
+        costs = {name: one[workload]["each"] for name, one in costs.items() if one}
+        costs = {name: cost for name, cost in costs.items() if cost}
+        return min(costs, key=costs.get, default="")
 
-    def least(what, other, target, workload="eight"):
-        if other in at:
-            ratio = chat[workload]["per_cpu"] / at[other][workload]["per_cpu"]
-            found.append((what, ratio, target, ratio >= target))
-
-    def best(workload):
-        rivals = [name for name in at if name in PYTHON]
-        return max(rivals, key=lambda name: at[name][workload]["per_cpu"], default="")
-
-    load_of = "8 × 8 in flight, deliveries per CPU-second, to"
-    least(f"{load_of} aiohttp's demo chat", "aiohttp demo chat", 10)
-    least(f"{load_of} FastAPI's ConnectionManager", "FastAPI ConnectionManager", 5)
-    least(f"{load_of} the best Python peer ({best('eight')})", best("eight"), 3)
-    least(f"{load_of} Bun's publish (moonshot)", "Bun publish", 1)
-    what = f"one sender waiting, the same, to the best Python peer ({best('one')})"
-    least(what, best("one"), 1, "one")
-    if "aiohttp demo chat" in at:
-        ratio = chat["memory"] / at["aiohttp demo chat"]["memory"]
-        what = "memory of an idle connection, to aiohttp's demo chat"
-        found.append((what, ratio, 1.25, ratio <= 1.25))
+    target(100, "one", f"{DEMO} on uvloop", 1.15)
+    target(100, "one", DEMO, 1.15, f"chat{servers.WITHOUT}")
+    target(1_000, "one", best(1_000, "one"), 1)
+    for readers in sorted({readers for readers, _ in summaries}):
+        for first in [label for label in chats if label != "chat"]:
+            target(readers, "one", first, 1)
+            target(readers, "eight", first, 1)
+        target(readers, "eight", "Bun publish", 1)
+    target(1_000, "eight", DEMO, 0.1)
+    target(1_000, "eight", "FastAPI ConnectionManager", 0.2)
+    target(1_000, "eight", best(1_000, "eight"), 0.333)
+    chat = summaries.get((1_000, f"chat{servers.WITHOUT}"))
+    demo = summaries.get((1_000, DEMO))
+    if chat and demo:
+        what = "memory of an idle connection, without uvloop: chat to aiohttp demo chat"
+        found.append((what, chat["kib"] / demo["kib"], 1.27))
     return found
 
 
-PYTHON = [name for name in servers.PEERS if name not in ("Node ws", "Bun publish")]
+def target_table(rows: list[tuple]) -> str:
+    lines = ["| target | measured | at most | |", "|---|---:|---:|---|"]
+    for what, value, most in rows:
+        met = "met" if value <= most else "no"
+        lines.append(f"| {what} | {value:.2f} | {most:g} | {met} |")
+    return "\n".join(lines)
 
 
-def ratio_table(rows) -> str:
-    lines = ["| target, as a ratio | measured | wanted | |", "|---|---:|---:|---|"]
-    for what, ratio, target, met in rows:
-        least = "at most" if "memory" in what or "p99" in what or "`/`" in what else ""
-        wanted = f"{least or 'at least'} {target:g}"
-        lines.append(f"| {what} | {ratio:.2f} | {wanted} | {'met' if met else 'no'} |")
+def fact_table(facts: dict, labels: list[str]) -> str:
+    """Make a table with a column for each chat."""
+    lines = [f"| | {' | '.join(labels)} |", f"|---|{'---|' * len(labels)}"]
+    for (_, what), values in facts.items():
+        cells = [values.get(label, "–") for label in labels]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def machine() -> str:
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        cpu = models[0] if models else cpu
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    cpu = models[0].strip() if models else platform.machine()
     python = f"{platform.python_implementation()} {platform.python_version()}"
     system = f"{platform.system()} {platform.release().partition('-')[0]}"
     return f"{date.today()}, {os.cpu_count()} cores of {cpu}, {system}, {python}"
 
 
-def plot(summaries: dict, readers: int, path: Path) -> None:
+def plot(summaries: dict, readers: int, chats, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = {name: one for (count, name), one in summaries.items() if count == readers}
-    names = sorted(rows, key=lambda name: rows[name]["eight"]["per_cpu"])
+    rows = {name: one for name, one in rows.items() if one["eight"]["each"]}
+    names = sorted(rows, key=lambda name: -rows[name]["eight"]["each"])
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(names) + 1.4))
     for shift, (workload, label, colour) in enumerate(
         [
@@ -231,7 +204,7 @@ def plot(summaries: dict, readers: int, path: Path) -> None:
             ("eight", "eight senders, eight messages in flight each", "#2f6fab"),
         ]
     ):
-        rates = [rows[name][workload]["per_cpu"] for name in names]
+        rates = [1e6 / (rows[name][workload]["each"] or 1e9) for name in names]
         places = [place + 0.38 * shift for place in range(len(names))]
         bars = axes.barh(places, rates, 0.38, color=colour, label=label)
         texts = [f" {short(rate)}" for rate in rates]
@@ -240,7 +213,7 @@ def plot(summaries: dict, readers: int, path: Path) -> None:
     axes.set_xlim(right=axes.get_xlim()[1] * 2)
     axes.set_yticks([place + 0.19 for place in range(len(names))], names)
     for label in axes.get_yticklabels():
-        if label.get_text() in servers.CHAT_NAMES:
+        if label.get_text().removesuffix(servers.WITHOUT) in chats:
             label.set_fontweight("bold")
     axes.set_xlabel("deliveries per second of the server's CPU (logarithmic)")
     axes.set_title(f"One message to {readers:,} readers", loc="left")
@@ -261,27 +234,35 @@ def read_options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [*servers.CHAT_NAMES, *servers.PEERS, *checks.CHECKS]
-    parser.add_argument("--quick", action="store_true", help="less than a minute")
+    parser.add_argument("--quick", action="store_true", help="about a minute")
     parser.add_argument(
         "--only",
         metavar="NAMES",
-        help=f"some of these, with commas between (or parts of them): {names}",
+        help="some servers and checks, with commas between (or parts of their names): "
+        f"chat, {', '.join([*servers.PEERS, *checks.CHECKS])}",
+    )
+    parser.add_argument(
+        "--chat",
+        metavar="NAME=PATH",
+        action="append",
+        default=[],
+        help="another chat.py beside this one; may be repeated",
     )
     parser.add_argument("--readers", metavar="COUNTS", help="such as 100,1000,4000")
-    parser.add_argument("--rounds", type=int, help="at 1,000 readers; the others get 1")
+    parser.add_argument("--accounts", type=int, default=8, help="of those connected")
+    parser.add_argument("--rounds", type=int, help="up to 1,000 readers; above 1")
     parser.add_argument("--seconds", type=float, help="of each measurement")
-    parser.add_argument("--chat", type=Path, default=servers.CHAT, help="another one")
     parser.add_argument("--plot", type=Path, help="default: docs/fanout.png, if full")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args()
+    others = [chat.partition("=") for chat in options.chat]
+    options.chats = {"chat": servers.CHAT}
+    options.chats |= {name: Path(path).resolve() for name, _, path in others}
+    ours = [name + end for end in ("", servers.WITHOUT) for name in options.chats]
+    names = [*ours, *servers.PEERS, *checks.CHECKS]
     options.names = choose(parser, names, options.only)
-    options.readers = [
-        int(count)
-        for count in (options.readers or ("100" if options.quick else "100,1000,4000"))
-        .replace("_", "")
-        .split(",")
-    ]
+    readers = options.readers or ("100" if options.quick else "100,1000,4000")
+    options.readers = [int(count) for count in readers.replace("_", "").split(",")]
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.seconds = options.seconds or (0.2 if options.quick else 2)
     if not (options.plot or options.quick or options.only):
@@ -290,11 +271,9 @@ def read_options():
 
 
 def choose(parser, names: list[str], wanted: str | None) -> list[str]:
-    if not wanted:
-        return names
     chosen = []
-    for part in wanted.split(","):
-        part = part.strip().lower()
+    for part in (wanted or "").lower().split(","):
+        part = part.strip()
         exact = [name for name in names if name.lower() == part]
         found = exact or [name for name in names if part in name.lower()]
         if not found:
@@ -306,36 +285,53 @@ def choose(parser, names: list[str], wanted: str | None) -> list[str]:
 def main() -> None:
     options = read_options()
     load.raise_file_limit()
-    load.pin(-1)
+    load.compiled()
+    os.sched_setaffinity(0, load.CORES[-1:])
     print(machine(), flush=True)
     start = time.perf_counter()
     fanout = [name for name in options.names if name not in checks.CHECKS]
     chosen = [name for name in options.names if name in checks.CHECKS]
-    main_count = max(options.readers, key=lambda count: (count == 1000, count))
-    plan = options.readers + [main_count] * (options.rounds - 1)
-    with tqdm(total=len(plan) * len(fanout) + len(chosen), leave=False) as progress:
-        results, missing = measure_all(fanout, plan, options, progress)
-        summaries = {key: summarize(rounds) for key, rounds in results.items()}
-        facts, rows = run_checks(chosen, options, progress, missing)
-    rows = ratios(summaries, main_count) + rows
-    print("\n" + "\n\n".join(report(summaries, facts, rows, missing)))
+    plan = [
+        readers
+        for turn in range(options.rounds)
+        for readers in options.readers
+        if turn == 0 or readers <= 1_000
+    ]
+    summaries, missing = measure_all(fanout, plan, options)
+    facts, rows = run_checks(chosen, options, missing)
+    rows = compare(summaries, options.chats) + rows
+    parts = [table(summaries, options.chats)] if summaries else []
+    parts += [fact_table(facts, list(options.chats))] if facts else []
+    parts += [target_table(rows)] if rows else []
+    if missing:
+        lines = [f"- {name}: {reason}" for name, reason in missing.items()]
+        parts.append("\n".join(["Left out, in whole or in part:", *lines]))
+    print("\n" + "\n\n".join(parts))
     print(f"\nMeasured in {time.perf_counter() - start:.0f} s.")
+    most = 1_000 if 1_000 in options.readers else max(options.readers)
     if options.plot and summaries:
-        plot(summaries, main_count, options.plot)
+        plot(summaries, most, options.chats, options.plot)
         print(f"Drawn: {options.plot}")
     if options.json:
         figures = [
-            {"readers": readers, "server": name, "rounds": results[readers, name]}
-            | summary
+            {"readers": readers, "server": name} | summary
             for (readers, name), summary in summaries.items()
         ]
-        everything = {"machine": machine(), "fanout": figures, "chat": facts}
-        everything |= {"ratios": rows, "missing": missing}
+        everything = {
+            "machine": machine(),
+            "fanout": figures,
+            "chat": list(facts.items()),
+        }
+        everything |= {"targets": rows, "missing": missing}
         options.json.write_text(json.dumps(everything, indent=1))
 
 
-def run_checks(names, options, progress, missing) -> tuple[list, list]:
-    facts, rows = [], []
+def run_checks(names, options, missing) -> tuple[dict, list]:
+    """Run the checks on each chat in turn; return facts and targets.
+
+    A fact that begins with … belongs to the one before, and is found by both names.
+    """
+    facts, rows = {}, []
     with contextlib.ExitStack() as stack:
 
         @functools.cache
@@ -345,32 +341,22 @@ def run_checks(names, options, progress, missing) -> tuple[list, list]:
             return stack.enter_context(servers.mongodb())
 
         options.mongodb = mongodb
-        for name in names:
-            progress.set_description(name)
+        databases = itertools.count(1)
+        options.new_name = lambda: f"bench_{next(databases)}"
+        for check, (label, path) in itertools.product(names, options.chats.items()):
+            say(f"{check}, {label}")
             try:
-                for found in checks.CHECKS[name](options):
-                    (facts if len(found) == 2 else rows).append(found)
+                last = ""
+                for what, *values in checks.CHECKS[check](path, options):
+                    if len(values) == 2:
+                        rows.append((f"{label}: {what}", *values))
+                        continue
+                    last = what if not what.startswith("…") else last
+                    facts.setdefault((last, what), {})[label] = values[0]
             except (servers.Missing, load.LoadError, OSError) as error:
-                missing[name] = str(error) or type(error).__name__
-            progress.update()
+                reason = str(error) or type(error).__name__
+                missing[f"{check}, {label}"] = reason
     return facts, rows
-
-
-def report(summaries, facts, rows, missing) -> list[str]:
-    parts = []
-    if summaries:
-        parts.append(table(summaries))
-    if facts:
-        lines = [f"| {what} | {value} |" for what, value in facts]
-        parts.append("\n".join(["| the chat | |", "|---|---|", *lines]))
-    if rows:
-        parts.append(ratio_table(rows))
-    if summaries and all(count != 1000 for count, _ in summaries):
-        parts.append("The targets are meant for 1,000 readers; those were others.")
-    if missing:
-        lines = [f"- {name}: {reason}" for name, reason in missing.items()]
-        parts.append("\n".join(["Left out, in whole or in part:", *lines]))
-    return parts
 
 
 if __name__ == "__main__":

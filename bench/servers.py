@@ -15,21 +15,23 @@ import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
-from load import USER, chat_message, peer_message, pin, unpin
+from load import CHAT_MESSAGE, CORES, PEER_MESSAGE, USER
 
 HERE = Path(__file__).parent
 CHAT = HERE.parent / "chat.py"
 PASSWORD = "correct horse battery"
 SETTINGS = {
     "HOST": "127.0.0.1",
+    "ORIGIN": "",
     "DEBUG": "false",
     "MONGO_HOST": "",  # in memory
     "SECRET_KEY": "for the benchmark",
-    # The limits on what one person may do:
+    "LOGIN_ATTEMPTS": "1000000",
+}
+UNLIMITED = {  # what one person may do: else the limits would be measured
     "MESSAGES_PER_SECOND": "1000000",
     "MESSAGE_BURST": "1000000",
-    "LOGIN_ATTEMPTS": "1000000",
+    "CONNECTIONS_PER_PERSON": "1000000",
 }
 
 
@@ -43,14 +45,13 @@ def free_port() -> int:
 
 
 class Server:
-    """A process that listens on a port of its own, on a core of its own."""
+    """A process that listens on a port of its own, on the first core."""
 
-    def __init__(self, command, port, pinned=True, **environment) -> None:
-        self.port, self.output = port, tempfile.TemporaryFile()  # noqa: SIM115
-        if pinned:
-            pin(0)
-        else:
-            unpin()
+    def __init__(
+        self, command, port, message=PEER_MESSAGE, pinned=True, **environment
+    ) -> None:
+        self.port, self.message, self.cookies = port, message, []
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115
         self.started = time.perf_counter()
         self.process = subprocess.Popen(
             [str(part) for part in command],
@@ -59,8 +60,8 @@ class Server:
             stdout=self.output,
             stderr=subprocess.STDOUT,
         )
-        pin(-1)
-        self.usage = psutil.Process(self.process.pid)
+        if pinned:
+            self.pin()
         self.wait()
 
     def wait(self, limit: float = 20) -> None:
@@ -75,15 +76,16 @@ class Server:
         last = self.output.read().decode(errors="replace").strip().splitlines()
         raise Missing(last[-1] if last else "it did not start")
 
-    def family(self) -> list[psutil.Process]:
-        return [self.usage, *self.usage.children(recursive=True)]
+    def threads(self) -> list[Path]:
+        return list(Path(f"/proc/{self.process.pid}/task").iterdir())
+
+    def pin(self) -> None:
+        for thread in self.threads():
+            os.sched_setaffinity(int(thread.name), CORES[:1])
 
     def cpu(self) -> float:
-        times = [process.cpu_times() for process in self.family()]
-        return sum(one.user + one.system for one in times)
-
-    def memory(self) -> int:
-        return sum(process.memory_info().rss for process in self.family())
+        spent = [(thread / "schedstat").read_text() for thread in self.threads()]
+        return sum(int(line.split()[0]) for line in spent) / 1e9
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -102,13 +104,20 @@ class Server:
 
 
 # --- The chat, with accounts and sessions as people get them ---
-def start_chat(path=CHAT, uvloop=True, pinned=True, **settings) -> Server:
+def start_chat(
+    path=CHAT, people=0, uvloop=True, pinned=True, limits=False, **settings
+) -> Server:
+    """Start a chat; so many people sign up, and their cookies are the server's."""
     port = free_port()
     command = [sys.executable, path]
     if not uvloop:
         need("uvloop")  # else it is the same again
         command[1:1] = [HERE / "peers" / "chat_on_asyncio.py"]
-    return Server(command, port, pinned, **SETTINGS | {"PORT": str(port)} | settings)
+    settings = SETTINGS | ({} if limits else UNLIMITED) | {"PORT": str(port)} | settings
+    server = Server(command, port, CHAT_MESSAGE, pinned, **settings)
+    names = [f"{USER[:-1]}{number}" for number in range(people)]
+    server.cookies = sign_up_all(port, names)
+    return server
 
 
 def ask(port: int, method: str, path: str, form=None, cookie="") -> tuple:
@@ -181,9 +190,11 @@ def start_bun() -> Server:
     return Server([bun, HERE / "peers" / "bun_publish.js", port], port)
 
 
-CHAT_NAMES = {"chat": True, "chat without uvloop": False}  # name: whether with it
 PEERS = {
     "aiohttp demo chat": python_peer("aiohttp_demo.py", needs=("aiohttp",)),
+    "aiohttp demo chat on uvloop": python_peer(
+        "aiohttp_demo.py", "uvloop", needs=("aiohttp", "uvloop")
+    ),
     "FastAPI ConnectionManager": python_peer(
         "fastapi_manager.py", needs=("fastapi", "uvicorn", "websockets")
     ),
@@ -201,19 +212,15 @@ PEERS = {
     "Node ws": start_node,
     "Bun publish": start_bun,
 }
+WITHOUT = " without uvloop"
 
 
-def start(name: str, chat=CHAT):
-    """Start a server by its name; return it, its language, its readers' cookie
-
-    and those of eight people who talk.
-    """
-    if name not in CHAT_NAMES:
-        return PEERS[name](), peer_message, "", [""] * 8
-    server = start_chat(chat, uvloop=CHAT_NAMES[name])
-    people = [f"{USER[:-1]}{number}" for number in range(8)]
-    reader, *talkers = sign_up_all(server.port, ["reader", *people])
-    return server, chat_message, reader, talkers
+def start(name: str, chats: dict[str, Path], people: int) -> Server:
+    """Start a server by its name."""
+    if name in PEERS:
+        return PEERS[name]()
+    label = name.removesuffix(WITHOUT)
+    return start_chat(chats[label], people, uvloop=label == name)
 
 
 # --- MongoDB ---

@@ -1,4 +1,7 @@
-"""aiohttp's demo chat: every message is awaited by one reader after another."""
+"""aiohttp's demo chat: every message is awaited by one reader after another.
+
+On asyncio's own loop, or on uvloop.
+"""
 
 import sys
 
@@ -25,4 +28,10 @@ async def chat(request):
 app = web.Application()
 app[SOCKETS] = []
 app.router.add_get("/ws", chat)
-web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), access_log=None)
+
+if sys.argv[2:] == ["uvloop"]:
+    from uvloop import new_event_loop
+else:
+    from asyncio import new_event_loop
+address = {"host": "127.0.0.1", "port": int(sys.argv[1])}
+web.run_app(app, **address, access_log=None, loop=new_event_loop())
