@@ -9,6 +9,7 @@ and is skipped, unless CI is set in the environment: there it fails.
 
 import asyncio
 import base64
+import contextlib
 import json
 import re
 import shutil
@@ -23,9 +24,10 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import aiohttp
+import pymongo
 import pytest
 from aiohttp.test_utils import TestClient, unused_port
-from bson import ObjectId
+from bson import DatetimeMS, Decimal128, Int64, ObjectId
 from cryptography.fernet import Fernet
 
 import chat
@@ -505,6 +507,258 @@ async def test_repeat_of_a_message_older_than_the_kept_ones_finds_it(serve, mong
     receipt = {"type": "receipt", "nonce": "n1", "id": first["id"]}
     assert await send(ws, "long ago", "n1") == receipt
     assert (await say(ws, "next"))["id"] == 2
+
+
+def stored(number, **more):
+    """A message as the chat stores it."""
+    message = {"_id": number, "user_id": ObjectId(), "user": "bob", "text": "hello"}
+    return message | {"time": chat.datetime.now(chat.UTC), "nonce": "n1"} | more
+
+
+OUT_OF_RANGE = DatetimeMS(1 << 55)
+FOREIGN_DOCUMENTS = [
+    {"_id": 2.0},
+    {"_id": Decimal128("3")},
+    {"_id": 4},
+    {"_id": Int64(5), "text": "hello"},
+    {"_id": "text"},
+    {"_id": {"a": 1}},
+    {"_id": None},
+    {},
+    {"_id": -1},
+    {"_id": 1 << 60},
+    stored(True),
+    stored(6.0),
+    stored({"b": 2}),
+    stored(7, time=OUT_OF_RANGE),
+    stored(8, time="yesterday"),
+    stored(9, text=["x"]),
+    stored(10, user=17),
+    stored(11, user_id=["x"]),
+    stored(12, nonce=None),
+    {"_id": 13, "seen": OUT_OF_RANGE, "names": ["eve"]},
+    {"_id": {"c": 3}, "names": ["eve"]},
+    {"names": ["eve", 17]},
+    {"names": "eve"},
+    {"_id": "eve", "name": "eve", "name_key": "eve", "password": "x"},
+    {"name": "eva", "name_key": "eva"},
+    {"_id": {"d": 4}, "name": "evi", "name_key": "evi", "password": "x"},
+    {"name": 17, "name_key": 17, "email_key": ["x"], "password": 17},
+]
+
+
+@pytest.mark.parametrize("when", ["before the start", "while it runs"])
+async def test_foreign_documents_are_passed_over_and_numbers_stay_gapless(
+    serve, mongodb, caplog, when
+):
+    """Whatever their shape, in each of our collections, also after a restart."""
+    settings = on(mongodb)
+    if when == "before the start":
+        await asyncio.to_thread(insert_foreign_documents, settings)
+    server = await serve(settings)
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann, from_bob = await connect(ann), await connect(bob)
+    if when == "while it runs":
+        first = await say(from_ann, "before")
+        assert (await read(from_bob, "message")) == first
+        await asyncio.to_thread(insert_foreign_documents, settings)
+    texts = [f"text {number}" for number in range(15)]
+    for text in texts:
+        sent = await say(from_ann, text)
+        while (event := await read(from_bob, "message"))["id"] < sent["id"]:
+            assert event["text"] == ""  # a number that a foreign document took
+        assert event == sent
+    for name in "eve", "eva", "evi":
+        assert (await ann.post("/login", data=form(name))).status == 422
+    caplog.clear()
+    chat.ONCE_PER_MINUTE.silent_until.clear()
+    await server.close()
+    again = await serve(settings)
+    ws = await connect(await sign_in(again, "joe"), after=0)
+    ids = list(dict.fromkeys(event["id"] for event in ws.replayed))
+    assert ids == list(range(ids[0], ids[-1] + 1)) and ws.welcome["last"] == ids[-1]
+    shown = [event["text"] for event in ws.replayed if event["text"]]
+    assert shown[-15:] == texts
+    assert (await say(ws, "goes on"))["id"] == ids[-1] + 1
+    told = [line for line in caplog.messages if "foreign document" in line]
+    assert len(told) == len(caplog.messages) == 1
+
+
+def insert_foreign_documents(settings):
+    """As somebody with mongosh would, each where the chat's indexes let it in."""
+    with pymongo.MongoClient(settings.MONGO_HOST) as client:
+        for name in "messages", "users", "processes":
+            for document in FOREIGN_DOCUMENTS:
+                with contextlib.suppress(pymongo.errors.DuplicateKeyError):
+                    client[settings.MONGO_DB_NAME][name].insert_one(dict(document))
+        client[settings.MONGO_DB_NAME].elsewhere.insert_one({"names": ["eve"]})
+        for name in "users", "processes":
+            client[settings.MONGO_DB_NAME][name].delete_many(
+                {"_id": {"$in": ["text", {"a": 1}]}}
+            )
+
+
+async def test_message_taken_back_is_blank_for_everybody(server):
+    """For those who have it, for newcomers, on pages and in replays."""
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann, from_bob = await connect(ann), await connect(bob)
+    sent = [await say(from_ann, f"text {number}") for number in range(1, 4)]
+    await chat.Message(server.app[chat.DATABASE]).blank(2)
+    for ws in from_ann, from_bob:
+        while (event := await read(ws, "message"))["text"]:
+            pass
+        assert event == sent[1] | {"text": ""}
+    for path in "/", "/?before=3":
+        page = await (await bob.get(path)).text()
+        assert "text 1" in page and "text 2" not in page
+        assert "This message was removed." in page
+    ws = await connect(bob, after=0)
+    assert [event["text"] for event in ws.replayed[:3]] == ["text 1", "", "text 3"]
+    ws = await connect(bob, after=3)  # had it before it was taken back
+    assert ws.replayed == [sent[1] | {"text": ""}]
+    assert ws.welcome["last"] == 3
+
+
+async def test_message_taken_back_while_the_stream_is_away_is_blank_soon(serve):
+    server = await serve(chat.Settings())
+    ws = await connect(await sign_in(server))
+    sent = await say(ws, "a mistake")
+    db = server.app[chat.DATABASE]
+    await db.messages.update_one({"_id": sent["id"]}, {"$set": {"text": ""}})
+    db.queue.put_nowait(chat.StreamBroken("as in an outage"))
+    assert await read(ws, "message") == sent | {"text": ""}
+    assert (await connect(await sign_in(server, "bob"), after=1)).replayed
+
+
+async def test_message_taken_back_during_a_replay_is_blank_at_its_end(
+    server, monkeypatch
+):
+    ann = await sign_in(server)
+    for number in range(1, 4):
+        await say(await connect(ann), f"text {number}")
+    replay, room = chat.WebSocket.replay, server.app[chat.ROOM]
+
+    async def replay_and_lose_one(*arguments):
+        await replay(*arguments)
+        await chat.Message(server.app[chat.DATABASE]).blank(2)
+        await until(lambda: room.history.events[2]["text"] == "")
+
+    monkeypatch.setattr(chat.WebSocket, "replay", replay_and_lose_one)
+    ws = await connect(ann, after=0)
+    texts = [(event["id"], event["text"]) for event in ws.replayed]
+    assert texts == [(1, "text 1"), (2, "text 2"), (3, "text 3"), (2, "")]
+
+
+async def test_old_messages_stay_readable_in_memory_when_one_is_taken_back(serve):
+    server = await serve(chat.Settings())
+    ann = await sign_in(server)
+    room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "bob"}
+    count = chat.HISTORY_SIZE + 60
+    for number in range(1, count + 1):
+        await room.post(user, f"text {number}", f"{number}")
+    await until(lambda: room.history.last_broadcast == count)
+    await chat.Message(server.app[chat.DATABASE]).blank(chat.HISTORY_SIZE)
+    page = await (await ann.get("/?before=61")).text()
+    assert shown_ids(page) == list(range(11, 61))
+
+
+async def test_deleted_account_loses_its_connections_and_its_session(server):
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    tabs = [await connect(ann) for _ in range(3)]
+    from_bob = await connect(bob)
+    await until(lambda: "ann" in server.app[chat.ROOM].online.names)
+    db = server.app[chat.DATABASE]
+    user = await chat.User(db).find("ann")
+    codes = asyncio.gather(*map(closed, tabs))
+    await chat.User(db).delete(user["_id"])
+    assert await codes == [1008, 1008, 1008]
+    for path in "/", "/ws":
+        response = await ann.get(path, allow_redirects=False)
+        assert (response.status, response.headers["Location"]) == (303, "/login")
+    await say(from_bob, "still here")
+    while await read(from_bob, "left") != {"type": "left", "user": "ann"}:
+        pass
+    assert (await say(await connect(await sign_in(server, "ann")), "anew"))["id"] == 2
+
+
+async def test_account_deleted_while_its_connection_opens_gets_none(
+    server, monkeypatch
+):
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    await connect(bob)
+    db, get = server.app[chat.DATABASE], chat.User.get
+
+    async def get_then_delete(self, user_id):
+        user = await get(self, user_id)
+        await chat.User(db).delete(user_id)
+        room = server.app[chat.ROOM]
+        await until(lambda: user_id in room.deleted)
+        return user
+
+    monkeypatch.setattr(chat.User, "get", get_then_delete)
+    with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
+        await ann.ws_connect("/ws")
+
+
+async def test_account_deleted_while_the_stream_is_away_is_noticed_later(serve):
+    server = await serve(chat.Settings())
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann, from_bob = await connect(ann), await connect(bob)
+    db = server.app[chat.DATABASE]
+    code = asyncio.create_task(closed(from_ann))
+    await db.users.delete_one({"name": "ann"})
+    db.queue.put_nowait(chat.StreamBroken("as in an outage"))
+    assert await code == 1008
+    await say(from_bob, "still here")
+
+
+async def test_presence_is_stamped_by_the_databases_clock(serve, mongodb, monkeypatch):
+    """A host whose clock is wrong loses nobody."""
+
+    class Yesterday(chat.datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return super().now(zone) - chat.timedelta(days=1)
+
+    server = await serve(on(mongodb))
+    monkeypatch.setattr(chat, "datetime", Yesterday)
+    db = server.app[chat.DATABASE]
+    await connect(await sign_in(server))
+    while not (entry := await db.processes.find_one({"names": "ann"})):
+        await asyncio.sleep(0.05)
+    hello = await db.mongo.client.admin.command("hello")
+    now = hello["localTime"].replace(tzinfo=chat.UTC)
+    assert abs(now - entry["seen"]) < chat.timedelta(seconds=20)
+    (index,) = [
+        index
+        for index in (await db.processes.index_information()).values()
+        if "expireAfterSeconds" in index
+    ]
+    assert index["key"] == [("seen", 1)] and index["expireAfterSeconds"] == 45
+
+
+async def test_indexes_that_were_dropped_are_there_as_soon_as_the_stream_is(
+    serve, mongodb
+):
+    server = await serve(on(mongodb))
+    ws, db = await connect(await sign_in(server)), server.app[chat.DATABASE]
+    names = set(await db.messages.index_information())
+    assert len(names) == 2
+    code = asyncio.create_task(closed(ws))
+    await db.mongo.client.drop_database(db.mongo.name)
+    while set(await db.messages.index_information()) != names:
+        await asyncio.sleep(0.05)
+    assert await code == 1008  # her account has gone as well
+    await say(await connect(await sign_in(server, "ann")), "anew")
+
+
+async def test_conflict_between_indexes_is_reported_as_that(mongodb):
+    settings = on(mongodb)
+    with pymongo.MongoClient(mongodb) as client:
+        users = client[settings.MONGO_DB_NAME].users
+        users.insert_many([{"name_key": "ann"}, {"name_key": "ann"}])
+    with pytest.raises(chat.CannotStart, match="cannot be used: .*duplicate key"):
+        await chat.open_database(settings)
 
 
 # ==============================================================================
