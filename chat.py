@@ -1081,7 +1081,7 @@ class Room:
         self.db, self.settings = db, settings
         self.history, self.online = History(), Online()
         self.connections: set[Connection] = set()
-        self.deleted: set[ObjectId] = set()  # accounts, since the start
+        self.deleted: set[ObjectId] = set()  # accounts, just now
         self.bucket = make_buckets(settings.MESSAGES_PER_SECOND, settings.MESSAGE_BURST)
         self.saving = asyncio.Lock()
         self.frames: list[bytes] = []  # waiting for the next flush
@@ -1251,8 +1251,10 @@ class Follower:
 
     def expel(self, user_id: ObjectId) -> None:
         """End a deleted account's connections, also those that are just opening."""
-        self.room.deleted.add(user_id)
-        connections = self.room.of(user_id)
+        deleted, connections = self.room.deleted, self.room.of(user_id)
+        deleted.add(user_id)
+        # Then forget it: a restore of the database may bring the account back.
+        asyncio.get_running_loop().call_later(DEADLINE, deleted.discard, user_id)
         task = asyncio.create_task(close(connections, WSCloseCode.POLICY_VIOLATION))
         self.expelling.add(task)  # or it could be collected before it is done
         task.add_done_callback(self.expelling.discard)
@@ -1261,10 +1263,10 @@ class Follower:
     def hear_names(self, process: ObjectId, entry: dict | None) -> None:
         """Take the names that a process has written; None if its entry is gone."""
         names = entry.get("names") if entry else []
-        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            return pass_over("processes", process)
         if process == self.process and names != self.room.names():
             self.written = None  # ours is gone, or an old write landed late: repeat it
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            return pass_over("processes", process)
         self.room.online.processes[process] = set(names)
         return self.announce()
 
