@@ -3,19 +3,29 @@
     python -m pytest test_faults.py
 
 They stop, kill and freeze processes of the chat and members of a replica set, and they
-do what operators do to a database, while people write.
+do what operators do to a database, while people write. Most of the time they wait, so
+more workers than processors are fine (`-n 4`).
 """
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import json
+import re
+import signal
 import time
+from datetime import UTC, datetime
+from pathlib import Path
 
 import aiohttp
 import pymongo
 import pytest
 from aiohttp import WSMsgType
-from bson import ObjectId
+from aiohttp.test_utils import unused_port
+from bson import Decimal128, ObjectId
+from cryptography.fernet import Fernet
+from yarl import URL
 
 import chat
 from conftest import (
@@ -24,16 +34,16 @@ from conftest import (
     connect,
     form,
     need,
-    on,
     read,
-    say,
-    sign_in,
+    shown_ids,
     until,
 )
 from workshop.mongodb import find_mongod
 
 
-# --- Real parts ---
+# ==============================================================================
+# Real parts: databases, processes that share one, and people
+# ==============================================================================
 @pytest.fixture(scope="session")
 def replica_set(tmp_path_factory):
     """Three real servers, one of which may die."""
@@ -43,51 +53,211 @@ def replica_set(tmp_path_factory):
     replica_set.kill()
 
 
-@pytest.fixture
-def two(start, replica_set):
-    """Two processes with the same database and key, each on a port of its own."""
-    environment = {
-        "MONGO_HOST": replica_set.uri,
-        "MONGO_DB_NAME": f"test-{ObjectId()}",
-        "SECRET_KEY": "any text",
-        "MESSAGES_PER_SECOND": "1000",
-        "MESSAGE_BURST": "1000",
-    }
-    processes = [start(**environment), start(**environment)]
-    for process in processes:
-        process.wait_until_ready()
-        process.messages = MessagesOf(replica_set.uri, environment["MONGO_DB_NAME"])
-    return processes
+class Place:
+    """A database of its own, its operator (`db`), and the processes that share it."""
 
+    def __init__(self, uri, run):
+        self.uri, self.run = uri, run
+        self.client = pymongo.MongoClient(uri, tz_aware=True)
+        self.db = self.client[f"test-{ObjectId()}"]
 
-class MessagesOf:
-    """What is stored in the end, read past the chat."""
+    def launch(self, **more):
+        """Start a process without waiting for it."""
+        environment = {
+            "MONGO_HOST": self.uri,
+            "MONGO_DB_NAME": self.db.name,
+            "SECRET_KEY": "any text",
+            "MESSAGES_PER_SECOND": "1000",
+            "MESSAGE_BURST": "1000",
+        }
+        return self.run(**environment | more)
 
-    def __init__(self, uri, name):
-        self.uri, self.name = uri, name
+    async def start(self, *settings):
+        """Start a process with each of these settings, all at once; return them."""
+        processes = [self.launch(**more) for more in settings]
+        for process in processes:
+            await asyncio.to_thread(process.wait_until_ready)
+        return processes
 
-    def __call__(self):
-        with pymongo.MongoClient(self.uri) as client:
-            return list(client[self.name].messages.find().sort("_id", 1))
+    def messages(self):
+        return list(self.db.messages.find({"nonce": {"$type": "string"}}).sort("_id"))
 
-
-def kill_change_streams(uri):
-    """Kill every cursor that follows changes, idle or waiting; return how many."""
-    with pymongo.MongoClient(uri) as client:
-        everything = {"$currentOp": {"allUsers": True, "idleCursors": True}}
-        cursors = [
-            operation["cursor"]["cursorId"]
-            for operation in client.admin.aggregate([everything])
-            if "$changeStream" in str(operation.get("cursor"))
+    def indexes(self):
+        """Return the names of the unique indexes, and the seconds to an expiry."""
+        kept = [
+            index
+            for name in ("users", "messages", "processes")
+            for index in self.db[name].list_indexes()
         ]
-        for cursor in cursors:
-            for name in client.list_database_names():
-                command = {"killCursors": "$cmd.aggregate", "cursors": [cursor]}
-                client[name].command(command)
-        return len(cursors)
+        unique = sorted(index["name"] for index in kept if index.get("unique"))
+        return unique, [i["expireAfterSeconds"] for i in kept if "seen" in i["key"]]
 
 
-# --- People ---
+INDEXES = ["unique email_key", "unique name_key", "unique nonce"], [45]
+
+
+@pytest.fixture
+def place(start, mongodb):
+    """A database on a replica set with one member."""
+    place = Place(mongodb, start)
+    yield place
+    place.client.close()
+
+
+@pytest.fixture
+def three(start, replica_set):
+    """A database on a replica set with three members."""
+    place = Place(replica_set.uri, start)
+    yield place
+    place.client.close()
+
+
+def kill_change_streams(client):
+    """Kill every cursor that follows changes, idle or waiting; return how many."""
+    everything = {"$currentOp": {"allUsers": True, "idleCursors": True}}
+    cursors = [
+        operation["cursor"]["cursorId"]
+        for operation in client.admin.aggregate([everything])
+        if "$changeStream" in str(operation.get("cursor"))
+    ]
+    for cursor in cursors:
+        for name in client.list_database_names():
+            command = {"killCursors": "$cmd.aggregate", "cursors": [cursor]}
+            client[name].command(command)
+    return len(cursors)
+
+
+class Cable:
+    """A connection to a MongoDB that can be cut, for one process of several."""
+
+    def __init__(self, uri):
+        self.target = int(re.search(r":(\d+)/", uri)[1])
+        self.open, self.writers, self.copies = True, set(), set()
+
+    async def lay(self):
+        self.server = await asyncio.start_server(self.carry, "127.0.0.1", 0)
+        port = self.server.sockets[0].getsockname()[1]
+        self.uri = f"mongodb://127.0.0.1:{port}/?directConnection=true"
+        return self
+
+    async def carry(self, reader, writer):
+        if not self.open:
+            return writer.close()
+        far = await asyncio.open_connection("127.0.0.1", self.target)
+        self.writers |= {writer, far[1]}
+        for source, sink in (reader, far[1]), (far[0], writer):
+            copy = asyncio.create_task(self.copy(source, sink))
+            self.copies.add(copy)
+            copy.add_done_callback(self.copies.discard)
+        return None
+
+    async def copy(self, source, sink):
+        with contextlib.suppress(OSError):
+            while data := await source.read(65_536):
+                sink.write(data)
+        sink.close()
+
+    def cut(self):
+        self.open = False
+        for writer in self.writers:
+            writer.transport.abort()
+        self.writers.clear()
+
+    def mend(self):
+        self.open = True
+
+    async def remove(self):
+        self.cut()
+        self.server.close()
+        await asyncio.gather(*self.copies)
+
+
+@pytest.fixture
+async def cable(mongodb):
+    cable = await Cable(mongodb).lay()
+    yield cable
+    await cable.remove()
+
+
+class Person:
+    """A user with one browser, which keeps cookies for all processes alike."""
+
+    def __init__(self, name):
+        self.name, self.sessions = name, {}
+        self.jar = aiohttp.CookieJar(unsafe=True)  # also for an IP address
+
+    def at(self, process):
+        """Return the session that talks to this process."""
+        if process.url not in self.sessions:
+            session = aiohttp.ClientSession(process.url, cookie_jar=self.jar)
+            self.sessions[process.url] = session
+        return self.sessions[process.url]
+
+    async def sign_up(self, process):
+        async with self.at(process).post("/signin", data=form(self.name)) as page:
+            assert (page.status, page.url.path) == (200, "/")
+        return self
+
+    async def get(self, process, path="/"):
+        """Return the status and the text of a page."""
+        async with self.at(process).get(path, allow_redirects=False) as page:
+            return page.status, await page.text()
+
+    async def open(self, process, after=None):
+        """Open a WebSocket that is read all the time."""
+        return Window(await connect(self.at(process), after))
+
+
+class Window:
+    """An open WebSocket. It keeps what it has heard, as a page does."""
+
+    def __init__(self, ws):
+        self.ws, self.welcome, self.events = ws, ws.welcome, []
+        self.texts = {event["id"]: event["text"] for event in ws.replayed}
+        self.task = asyncio.create_task(self.listen())
+
+    async def listen(self):
+        async for frame in self.ws:
+            self.events.append(event := json.loads(frame.data))
+            if event["type"] == "message":
+                self.texts[event["id"]] = event["text"]
+
+    def names(self, kind):
+        """Return whom it has heard of, in order, leaving out its own user."""
+        names = [event["user"] for event in self.events if event["type"] == kind]
+        return [name for name in names if name != self.welcome["user"]]
+
+    async def say(self, text):
+        """Send a message, wait until it is back, and return its number."""
+        nonce = str(ObjectId())
+        await self.ws.send_json({"type": "message", "text": text, "nonce": nonce})
+        heard = {"type": "message", "nonce": nonce}
+        event = await until(
+            lambda: next((e for e in self.events if heard.items() <= e.items()), None)
+        )
+        return event["id"]
+
+    async def ended(self):
+        """Wait until the server has ended it, and return the close code."""
+        await asyncio.wait_for(self.task, 20)
+        return self.ws.close_code
+
+
+@pytest.fixture
+async def person():
+    """A function that makes a person; their sessions are closed at the end."""
+    people = []
+
+    def person(name):
+        people.append(Person(name))
+        return people[-1]
+
+    yield person
+    for person in people:
+        for session in person.sessions.values():
+            await session.close()
+
+
 class Talker:
     """A person who writes all the time, as the page would.
 
@@ -161,12 +331,12 @@ class Talker:
         assert not self.task.done(), self.task
 
 
-async def assert_nothing_is_lost(messages, *talkers):
+async def assert_nothing_is_lost(place, *talkers):
     """The promise, in whole, about everything that was said so far."""
     for talker in talkers:
         talker.silent = True
     await until(lambda: not any(talker.pending for talker in talkers), seconds=60)
-    stored = await asyncio.to_thread(messages)
+    stored = await asyncio.to_thread(place.messages)
     ids = [message["_id"] for message in stored]
     assert ids == list(range(1, len(ids) + 1))
     by_nonce = {message["nonce"]: message["_id"] for message in stored}
@@ -177,13 +347,15 @@ async def assert_nothing_is_lost(messages, *talkers):
         assert talker.shown == ids
 
 
-# --- One room ---
-async def test_two_processes_are_one_room(two):
-    one, other = two
+# ==============================================================================
+# One room
+# ==============================================================================
+async def test_two_processes_are_one_room(place):
+    one, other = await place.start({}, {})
     async with Talker("ann", one) as ann, Talker("bob", other) as bob:
         await asyncio.gather(ann.has_gone_on(30), bob.has_gone_on(30))
-        await assert_nothing_is_lost(one.messages, ann, bob)
-        for process in two:  # a session works on both, and both know who is there
+        await assert_nothing_is_lost(place, ann, bob)
+        for process in one, other:  # a session works on both; both know who is there
             ws = await ann.session.ws_connect(f"{process.url}/ws")
             assert (await read(ws, "welcome"))["online"] == ["ann", "bob"]
             await ws.close()
@@ -192,10 +364,31 @@ async def test_two_processes_are_one_room(two):
         assert ann.connections == 1
 
 
-# --- A process dies ---
-async def test_killed_process_loses_nothing_and_its_people_leave(two):
+# ==============================================================================
+# A process stops, dies, or has another clock
+# ==============================================================================
+async def test_stopped_process_loses_nobody_who_comes_back_in_time(place, person):
+    """SIGTERM: Ann and Bob come back to the other process; Eve does not."""
+    one, other = await place.start({}, {})
+    zoe = await (await person("zoe").sign_up(other)).open(other)
+    people = [await person(name).sign_up(one) for name in ("ann", "bob", "eve")]
+    windows = [await person.open(one) for person in people]
+    await until(lambda: zoe.names("joined") == ["ann", "bob", "eve"])
+    one.process.send_signal(signal.SIGTERM)
+    assert [await window.ended() for window in windows] == [1001] * 3
+    for person, pause in zip(people[:2], (0, 1), strict=True):
+        await asyncio.sleep(pause)
+        window = await person.open(other)
+        assert window.welcome["online"] == ["ann", "bob", "eve", "zoe"]
+    await until(lambda: zoe.names("left"))
+    assert zoe.names("left") == ["eve"]
+    assert zoe.names("joined") == ["ann", "bob", "eve"]
+    assert await asyncio.to_thread(one.end) == (0, "".join(one.lines), "")
+
+
+async def test_killed_process_loses_nothing_and_its_people_leave(place):
     """kill -9: Ann comes back through the other process; Eve does not, and leaves."""
-    one, other = two
+    one, other = await place.start({}, {})
     async with (
         Talker("ann", one, other) as ann,
         Talker("bob", other) as bob,
@@ -209,23 +402,100 @@ async def test_killed_process_loses_nothing_and_its_people_leave(two):
         await until(lambda: bob.gone == ["eve"], seconds=120)
         assert "ann" not in bob.gone
         eve.pending, eve.shown = None, list(bob.shown)  # she has not come back
-        await assert_nothing_is_lost(other.messages, ann, bob, eve)
+        await assert_nothing_is_lost(place, ann, bob, eve)
 
 
-# --- The database dies ---
-async def test_killed_primary_is_a_pause(two, replica_set):
-    async with Talker("ann", two[0]) as ann, Talker("bob", two[1]) as bob:
+async def test_nothing_is_lost_or_doubled_by_one_restart_after_another(place):
+    """SIGKILL and SIGTERM in turns, each to both processes, while people write."""
+    ports = [str(unused_port()), str(unused_port())]
+    processes = await place.start(*({"PORT": port} for port in ports))
+    one, other = processes
+    async with Talker("ann", one, other) as ann, Talker("bob", other, one) as bob:
+        for index, number in enumerate([9, 15, 15, 9]):
+            await asyncio.gather(ann.has_gone_on(), bob.has_gone_on())
+            processes[index % 2].process.send_signal(number)
+            await asyncio.gather(ann.has_gone_on(), bob.has_gone_on())
+            await asyncio.to_thread(processes[index % 2].process.wait)
+            settings = {"PORT": ports[index % 2]}
+            [processes[index % 2]] = await place.start(settings)
+        await asyncio.gather(ann.has_gone_on(), bob.has_gone_on())
+        assert ann.connections + bob.connections >= 4
+        await assert_nothing_is_lost(place, ann, bob)
+
+
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+
+
+async def test_only_the_clock_of_the_database_counts_for_presence(place, person):
+    """A host is a minute behind, another a minute ahead: their people do not flap."""
+    need(FAKETIME, "no libfaketime: install Debian's libfaketime")
+    clock = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    right, late, early = (
+        place.launch(),
+        *(place.launch(FAKETIME=offset, **clock) for offset in ("-60s", "+60s")),
+    )
+    for process in right, late, early:
+        process.wait_until_ready()
+    zoe = await (await person("zoe").sign_up(right)).open(right)
+    await (await person("ann").sign_up(late)).open(late)
+    await (await person("bob").sign_up(early)).open(early)
+    await until(lambda: sorted(zoe.names("joined")) == ["ann", "bob"])
+    passes = lambda: (  # noqa: E731
+        place.client.admin.command("serverStatus")["metrics"]["ttl"]["passes"]
+    )
+    enough = passes() + 2  # looks of MongoDB for what has expired
+    await until(lambda: passes() >= enough)
+    await asyncio.sleep(chat.GRACE + 1)
+    assert (len(zoe.names("joined")), zoe.names("left")) == (2, [])
+    newest = place.db.processes.find_one({"names": ["ann"]})["seen"]
+    assert abs((datetime.now(UTC) - newest).total_seconds()) < 30
+
+
+DAMAGES = {
+    "removed": lambda processes, mine: processes.delete_one(mine),
+    "late": lambda processes, mine: processes.update_one(mine, {"$set": {"names": []}}),
+    "foreign": lambda processes, mine: processes.replace_one(mine, {"names": 5}),
+    "dropped": lambda processes, mine: processes.drop(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_presence_that_was_damaged_is_written_again(place, person, damage):
+    """Also by a write of our own that timed out and lands late."""
+    one, other = await place.start({}, {})
+    ann, bob = await person("ann").sign_up(one), await person("bob").sign_up(other)
+    await ann.open(one)
+    bobs = await bob.open(other)
+    entry = await until(lambda: place.db.processes.find_one({"names": ["ann"]}))
+    await until(lambda: "ann" in bobs.welcome["online"] + bobs.names("joined"))
+    bobs.events.clear()
+    DAMAGES[damage](place.db.processes, {"_id": entry["_id"]})
+    again = {"_id": entry["_id"], "names": ["ann"]}
+    await until(lambda: place.db.processes.find_one(again), seconds=10)
+    await asyncio.sleep(chat.GRACE + 1)
+    assert (bobs.names("left"), bobs.names("joined")) == ([], [])
+    assert (await ann.open(other)).welcome["online"] == ["ann", "bob"]
+    assert place.indexes() == INDEXES
+
+
+# ==============================================================================
+# The database dies
+# ==============================================================================
+async def test_killed_primary_is_a_pause(three, replica_set):
+    one, other = await three.start({}, {})
+    async with Talker("ann", one) as ann, Talker("bob", other) as bob:
         await asyncio.gather(ann.has_gone_on(), bob.has_gone_on())
         primary = await asyncio.to_thread(replica_set.primary)
         primary.kill()
         await asyncio.gather(ann.has_gone_on(), bob.has_gone_on())
         assert ann.connections == bob.connections == 1  # nobody was disconnected
         await asyncio.to_thread(primary.start)
-        await assert_nothing_is_lost(two[0].messages, ann, bob)
+        await assert_nothing_is_lost(three, ann, bob)
 
 
-async def test_all_of_mongodb_stopped_for_20_seconds_is_a_pause(two, replica_set):
-    async with Talker("ann", two[0]) as ann, Talker("bob", two[1]) as bob:
+async def test_all_of_mongodb_stopped_for_20_seconds_is_a_pause(three, replica_set):
+    one, other = await three.start({}, {})
+    async with Talker("ann", one) as ann, Talker("bob", other) as bob:
         await asyncio.gather(ann.has_gone_on(), bob.has_gone_on())
         for member in replica_set.members:
             member.kill()
@@ -235,27 +505,262 @@ async def test_all_of_mongodb_stopped_for_20_seconds_is_a_pause(two, replica_set
             await asyncio.to_thread(member.start)
         await asyncio.gather(ann.has_gone_on(), bob.has_gone_on())
         assert ann.connections == bob.connections == 1
-        await assert_nothing_is_lost(two[0].messages, ann, bob)
+        await assert_nothing_is_lost(three, ann, bob)
 
 
-async def test_broken_change_stream_is_resumed(two, replica_set):
-    async with Talker("ann", two[0]) as ann, Talker("bob", two[1]) as bob:
+async def test_broken_change_stream_is_resumed(three):
+    one, other = await three.start({}, {})
+    async with Talker("ann", one) as ann, Talker("bob", other) as bob:
         for _ in range(3):
             await asyncio.gather(ann.has_gone_on(), bob.has_gone_on())
-            assert await asyncio.to_thread(kill_change_streams, replica_set.uri) >= 1
+            assert await asyncio.to_thread(kill_change_streams, three.client) >= 1
         await asyncio.gather(ann.has_gone_on(), bob.has_gone_on())
-        await assert_nothing_is_lost(two[0].messages, ann, bob)
+        await assert_nothing_is_lost(three, ann, bob)
 
 
-async def test_stream_that_can_not_be_resumed_is_opened_again(serve, mongodb, caplog):
-    """The database itself is dropped: that ends a stream for good."""
-    server = await serve(on(mongodb))
-    ws = await connect(await sign_in(server))
-    await say(ws, "before")
-    with pymongo.MongoClient(mongodb) as client:
-        client.drop_database(server.app[chat.SETTINGS].MONGO_DB_NAME)
-    history = server.app[chat.ROOM].history
-    await until(lambda: history.last_broadcast == 0)
-    bob = await connect(await sign_in(server, "bob"))
-    assert (await say(bob, "after"))["id"] == 1
-    assert "Traceback" not in caplog.text
+# ==============================================================================
+# What operators do to a database
+# ==============================================================================
+OUTAGES = ["connected", "frozen", "stream killed", "cut off"]
+
+
+@contextlib.asynccontextmanager
+async def away(outage, place, process, cable):
+    """Keep a process from hearing of changes for a while, in one of several ways."""
+    match outage:
+        case "connected":
+            yield
+        case "frozen":
+            process.process.send_signal(signal.SIGSTOP)
+            yield
+            process.process.send_signal(signal.SIGCONT)
+        case "stream killed":
+            kill_change_streams(place.client)
+            yield
+            kill_change_streams(place.client)
+        case "cut off":
+            cable.cut()
+            yield
+            await asyncio.sleep(4)  # the driver tries for 3 seconds to go on
+            cable.mend()
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+async def test_blanked_message_is_blank_everywhere(place, cable, person, outage):
+    """An operator takes a message back, while the other process may be away."""
+    one, other = await place.start({}, {"MONGO_HOST": cable.uri})
+    ann, bob = await person("ann").sign_up(one), await person("bob").sign_up(other)
+    windows = [await ann.open(one), await bob.open(other)]
+    for text in "sesame", "fine":
+        await windows[0].say(text)
+    await until(lambda: all(window.texts.get(2) == "fine" for window in windows))
+    async with away(outage, place, other, cable):
+        place.db.messages.update_one({"_id": 1}, {"$set": {"text": ""}})
+        await until(lambda: windows[0].texts == {1: "", 2: "fine"})
+    await until(lambda: windows[1].texts == {1: "", 2: "fine"})
+    for process in one, other:
+        status, page = await ann.get(process)
+        assert (status, shown_ids(page), "sesame" in page) == (200, [1, 2], False)
+        assert (await bob.open(process, after=0)).texts == {1: "", 2: "fine"}
+        late = await bob.open(process, after=2)  # it may still show what it had
+        assert late.texts == {1: ""}
+    assert await windows[1].say("on we go") == 3
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+async def test_deleted_account_is_out_everywhere(place, cable, person, outage):
+    """An operator deletes an account, while the other process may be away."""
+    one, other = await place.start({}, {"MONGO_HOST": cable.uri})
+    ann, bob = await person("ann").sign_up(one), await person("bob").sign_up(other)
+    windows = [await ann.open(one), await ann.open(other)]
+    bobs = await bob.open(other)
+    async with away(outage, place, other, cable):
+        place.db.users.delete_one({"name": "ann"})
+        assert await windows[0].ended() == 1008
+    assert await windows[1].ended() == 1008
+    for process in one, other:
+        for path in "/", "/ws":
+            assert (await ann.get(process, path))[0] == 303
+    await until(lambda: bobs.names("left") == ["ann"])
+    assert not bobs.ws.closed
+    assert await bobs.say("on we go") == 1
+
+
+FOREIGN = [
+    {},
+    {"_id": None},
+    {"_id": True},
+    {"_id": "a text"},
+    {"_id": {"a": "document"}},
+    {"_id": 2.5},
+    {"_id": -1},
+    {"_id": Decimal128("2.7")},
+    {"_id": 3.0, "text": "in the place of 3"},
+    {"_id": 4},
+    {"_id": 5, "user": 1, "text": [], "time": "now", "nonce": "n"},
+]
+
+
+async def test_foreign_documents_are_passed_over_before_and_after_a_start(
+    place, person
+):
+    one, other = await place.start({}, {})
+    ann, bob = await person("ann").sign_up(one), await person("bob").sign_up(other)
+    windows = [await ann.open(one), await bob.open(other)]
+    assert [await windows[0].say("one"), await windows[1].say("two")] == [1, 2]
+    for collection in place.db.messages, place.db.processes:
+        collection.insert_many([dict(document) for document in FOREIGN])
+    place.db.users.insert_many([dict(document) for document in FOREIGN[3:]])
+    place.db.processes.insert_one({"_id": ObjectId(), "names": ["eve", 5]})
+    assert [await windows[0].say("six"), await windows[1].say("seven")] == [6, 7]
+    kept = {1: "one", 2: "two", 3: "", 4: "", 5: "", 6: "six", 7: "seven"}
+    for _ in "before", "after":
+        for window in windows:
+            await until(lambda window=window: window.texts == kept)
+        for process in one, other:
+            assert (await ann.open(process, after=0)).texts == kept
+            assert shown_ids((await ann.get(process))[1]) == list(kept)
+        for process in one, other:
+            code, _, errors = await asyncio.to_thread(process.stop, signal.SIGTERM)
+            assert (code, "Traceback" in errors) == (0, False)
+            assert errors.count("Passed over a foreign document") == 1
+        one, other = await place.start({}, {})
+        windows = [await ann.open(one, after=0), await bob.open(other, after=0)]
+    assert await windows[0].say("eight") == 8
+    await until(lambda: windows[1].texts == kept | {8: "eight"})
+
+
+async def test_dropped_database_is_a_new_room_with_its_indexes(place, person):
+    one, other = await place.start({}, {})
+    ann, bob = await person("ann").sign_up(one), await person("bob").sign_up(other)
+    windows = [await ann.open(one), await bob.open(other)]
+    for text in "one", "two", "three":
+        await windows[0].say(text)
+    await until(lambda: len(windows[1].texts) == 3)
+    place.client.drop_database(place.db)
+    assert [await window.ended() for window in windows] == [1008, 1008]
+    await until(lambda: place.indexes() == INDEXES)
+    ann, bob = await person("ann").sign_up(one), await person("bob").sign_up(other)
+    windows = [await ann.open(one), await bob.open(other)]
+    assert [await windows[0].say("new"), await windows[1].say("room")] == [1, 2]
+    for window in windows:
+        await until(lambda window=window: window.texts == {1: "new", 2: "room"})
+    assert place.indexes() == INDEXES
+
+
+def drop_and_insert(db, name, documents, indexes):
+    """`mongorestore --drop`: the indexes come last."""
+    db.drop_collection(name)
+    db[name].insert_many(documents)
+    for index in indexes:
+        db[name].create_index(list(index.pop("key").items()), **index)
+
+
+def rename_over(db, name, documents, indexes):
+    """Make everything beside the old collection, then put it in its place."""
+    drop_and_insert(db, "restored", documents, indexes)
+    db["restored"].rename(name, dropTarget=True)
+
+
+@pytest.mark.parametrize("restore", [drop_and_insert, rename_over])
+async def test_restored_database_is_the_room_that_it_was(place, person, restore):
+    """Restored while people are there: what was said after the dump is gone."""
+    one, other = await place.start({}, {})
+    ann, bob = await person("ann").sign_up(one), await person("bob").sign_up(other)
+    windows = [await ann.open(one), await bob.open(other)]
+    for text in "one", "two", "three":
+        await windows[0].say(text)
+    dump = [
+        (
+            name,
+            list(place.db[name].find()),
+            [dict(i) for i in place.db[name].list_indexes()],
+        )
+        for name in ("messages", "processes", "users")
+    ]
+    assert await windows[1].say("not in the dump") == 4
+    for name, documents, indexes in dump:
+        for index in indexes:
+            index.pop("v")
+        await asyncio.to_thread(restore, place.db, name, documents, indexes)
+    windows = [await come_back(ann, one), await come_back(bob, other)]
+    await until(lambda: place.indexes() == INDEXES)
+    assert [await windows[0].say("four"), await windows[1].say("five")] == [4, 5]
+    kept = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
+    assert {m["_id"]: m["text"] for m in place.messages()} == kept
+    for process in one, other:
+        assert (await ann.open(process, after=0)).texts == kept
+    assert place.indexes() == INDEXES
+
+
+async def come_back(person, process):
+    """Open a window as the page does: try again until it opens."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with contextlib.suppress(aiohttp.WSServerHandshakeError):
+            return await person.open(process, after=0)
+        await asyncio.sleep(0.3)
+    raise AssertionError(f"{person.name} could not come back")
+
+
+# ==============================================================================
+# A database of the first edition
+# ==============================================================================
+def write_first_edition(db):
+    """Write a database exactly as the first edition of the chat wrote it."""
+    db.users.create_index("name_key", unique=True)
+    db.users.create_index("email_key", unique=True, sparse=True)
+    db.messages.create_index([("user_id", 1), ("nonce", 1)], unique=True)
+    db.online.create_index("seen", expireAfterSeconds=45)
+    ann = {"_id": ObjectId(), "name": "Ann", "name_key": "ann"}
+    ann |= {"email": "Ann@example.org", "email_key": "ann@example.org"}
+    bob = {"_id": ObjectId(), "name": "bob", "name_key": "bob"}
+    for user in ann, bob:
+        user["password"] = FIRST_HASH
+        db.users.insert_one(user)
+    for number, user, text in (1, ann, "old"), (2, bob, "times"):
+        message = {"_id": number, "user_id": user["_id"], "user": user["name"]}
+        message |= {"text": text, "time": datetime.now(UTC), "nonce": f"n-{number}"}
+        db.messages.insert_one(message)
+    eve = {"_id": ObjectId(), "user": "eve", "process": ObjectId()}
+    db.online.insert_one(eve | {"seen": datetime.now(UTC)})
+    return ann
+
+
+FIRST_HASH = (
+    "$argon2id$v=19$m=19456,t=2,p=1$AusiMlHe6zJsfFWKaUVGFg"
+    "$zKVbuWJwj63pvl3fxljw1OURWLOFqwY2R0pT1MDx+yY"
+)
+
+
+def first_session(user):
+    """Make the cookie of a session as the first edition did."""
+    key = base64.urlsafe_b64encode(hashlib.sha256(b"any text").digest())
+    content = {"created": int(time.time()), "session": {"user": str(user["_id"])}}
+    return {
+        "AIOHTTP_SESSION": Fernet(key).encrypt(json.dumps(content).encode()).decode()
+    }
+
+
+async def test_database_of_the_first_edition_goes_on(place, person):
+    user = write_first_edition(place.db)
+    [process] = await place.start({})
+    names = [index["name"] for index in place.db.users.list_indexes()]
+    assert (place.indexes(), "name_key_1" in names) == (INDEXES, False)
+    ann = person("Ann")  # with the cookie that she had
+    ann.jar.update_cookies(first_session(user), URL(process.url))
+    window = await ann.open(process, after=0)
+    assert window.welcome["online"] == ["Ann"]
+    assert window.texts == {1: "old", 2: "times"}
+    event = {"type": "message", "text": "old", "nonce": "n-1"}
+    await window.ws.send_json(event)
+    receipt = {"type": "receipt", "nonce": "n-1", "id": 1}
+    await until(lambda: receipt in window.events)
+    assert await window.say("new") == 3
+    for login in "ann", "ANN", "ann@Example.org", "bob":
+        async with person(login).at(process).post("/login", data=form(login)) as page:
+            assert (page.status, page.url.path) == (200, "/")
+            assert shown_ids(await page.text()) == [1, 2, 3]
+    data = form("ANN", password="battery staple", password2="battery staple")
+    async with person("ANN").at(process).post("/signin", data=data) as page:
+        assert (page.status, "has this already" in await page.text()) == (422, True)
