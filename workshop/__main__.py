@@ -116,7 +116,7 @@ socket.onmessage = (frame) => {
 
 
 async def look_at_browser(report: Report) -> None:
-    """Open a page whose frame opens a WebSocket, with a cookie: as the notebook does."""
+    """Open a page whose frame opens a WebSocket, with a cookie, like the notebook."""
     from aiohttp import web
 
     loop, ports = asyncio.get_running_loop(), []

@@ -120,8 +120,8 @@ async def serving(
 
     `replaced` are settings, and names of chat.py that get another value while the
     application starts. `change` is called with the application before that. What is
-    logged is kept in `server.log`, a line each; with `log` it is printed too. In place of
-    what has not been attempted yet, the original is served.
+    logged is kept in `server.log`, a line each; with `log` it is printed too. What has
+    not been attempted yet is replaced by the original.
     """
     if module is NOT_ATTEMPTED:
         print("○ Not attempted yet: this is the original.")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parent.with_name("requirements.txt")
 VERSIONS = "3.11", "3.12", "3.13"
-# pip knows another system's files, but it reads conditions like `sys_platform == "win32"`
-# for this machine. So what only one system needs is named here.
+# pip finds another system's files, but it answers conditions like `os_name == "nt"` for
+# this machine. So what only one system needs is named here.
 SYSTEMS = {
     "windows": (["win_amd64"], ["colorama", "pywin32", "pywinpty", "tzdata"]),
     "mac": (["macosx_14_0_arm64"], ["appnope"]),

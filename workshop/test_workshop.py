@@ -1,17 +1,36 @@
 """Tests of the notebook: it runs, breaks what it says it breaks, and checks fairly."""
 
 import ast
+import asyncio
+import contextlib
 import inspect
 import itertools
 import linecache
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import nbclient
 import nbformat
 import pytest
+from aiohttp.test_utils import unused_port
 
-from conftest import HERE
+from conftest import (
+    HERE,
+    NO_MONGOD,
+    PASSWORD,
+    can_connect,
+    need,
+    optional,
+    program,
+    until,
+)
 from workshop import scenarios
+from workshop.mongodb import find_mongod
 from workshop.servers import serving
 from workshop.tiny import little, step
 
@@ -73,7 +92,7 @@ class Attendee:
         return self.capsys.readouterr().out
 
     async def open(self, name):
-        """Run the exercise's chapter up to it, without the cells that take long."""
+        """Run the exercise's chapter up to it, but not its demonstrations."""
         cells = next(c for c in chapters().values() if self.position(name, c))
         for cell in cells[: self.position(name, cells)]:
             slow = re.search(r"await (stall|check\.tried)\(|plt\.", cell.source)
@@ -176,73 +195,269 @@ def test_there_are_exercises_with_a_check_a_hint_and_a_folded_solution():
         assert folded.startswith("<details><summary>Hint</summary>")
 
 
-# --- Exercises ---
-@pytest.mark.parametrize("name", EXERCISES)
-async def test_stub_is_not_attempted(attendee, name):
-    await attendee.open(name)
-    said = await attendee.attempt(name, tagged("exercise")[name])
-    assert said.startswith("○ Not attempted yet")
+# --- The notebook as it runs ---
+LISTENING = """
+import asyncio, psutil
+process = psutil.Process()
+sorted(c.laddr.port for c in process.net_connections() if c.status == "LISTEN")
+"""
+LEFT = """
+[task.get_coro().cr_code.co_filename for task in asyncio.all_tasks()], [
+    child.cmdline() for child in process.children(recursive=True)]
+"""
+NO_SERVER = "import workshop.mongodb as m\nm.find_mongod = lambda: None"
 
 
-@pytest.mark.parametrize("name", EXERCISES)
-async def test_solution_passes_its_check(attendee, name, request):
-    if name == "pymongo":
-        request.getfixturevalue("mongodb")
-    await attendee.open(name)
-    assert await attendee.attempt(name, solution(name)) == "✓ Done."
+async def run_notebook(first, change):
+    """Run the notebook, each cell changed by a function; return it with what it shows.
+
+    Before and after it, look which ports are open; after it, what still runs.
+    """
+    notebook = read_notebook()
+    for cell in notebook.cells:
+        cell.source = change(cell)
+    more = [nbformat.v4.new_code_cell(source) for source in (LISTENING, *first)]
+    last = [nbformat.v4.new_code_cell(source) for source in (LISTENING, LEFT)]
+    notebook.cells = [*more, *notebook.cells, *last]
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=60,
+        kernel_name="python3",
+        resources={"metadata": {"path": HERE}},
+    )
+    await client.async_execute()
+    return notebook
 
 
-# What people get wrong: a change of the solution, and what the check says of it.
-EDITED = 'mine = edit("ws.send_json", "ws.send_json", of=broken)'
+def shown_value(cell):
+    return ast.literal_eval(cell.outputs[0].data["text/plain"])
+
+
+def as_shipped(cell):
+    return cell.source
+
+
+def solved(cell):
+    for tag in cell.metadata.get("tags", []):
+        if tag.startswith("exercise:"):
+            return solution(tag.partition(":")[2])
+    return cell.source
+
+
+RUNS_OF_ALL = {"as shipped": ([NO_SERVER], as_shipped), "solved": ([], solved)}
+
+
+@pytest.mark.parametrize("kind", RUNS_OF_ALL)
+async def test_notebook_runs_and_leaves_nothing_running(kind, monkeypatch):
+    """Run all: as shipped, without a MongoDB; and solved, with one.
+
+    As shipped, each stub is not attempted; solved, each solution passes its check.
+    """
+    first, change = RUNS_OF_ALL[kind]
+    if not first:
+        need(find_mongod(), NO_MONGOD)
+    monkeypatch.delenv("MONGO_HOST", raising=False)
+    notebook = await run_notebook(first, change)
+    before, after = shown_value(notebook.cells[0]), shown_value(notebook.cells[-2])
+    tasks, processes = shown_value(notebook.cells[-1])
+    assert after == before and processes == []
+    ours = re.compile(r"/(chat|workshop/\w+)\.py|/aiohttp/|/pymongo/|/ipykernel_\d")
+    assert not [path for path in tasks if ours.search(path)]
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    said = "".join(output.get("text", "") for output in shown)
+    verdict = "✓ Done." if kind == "solved" else "○ Not attempted yet: there is a gap"
+    assert said.count(verdict) == len(EXERCISES)
+    assert "✗" not in said
+    for phrase in BROKEN:
+        assert re.search(phrase, said), phrase
+    assert not [output for output in shown if output.get("name") == "stderr"]
+
+
+# What the notebook shows of a safeguard that is off.
+BROKEN = [
+    r"Ann heard \[\]\nPython says: coroutine 'WebSocketResponse.send_json' was never",
+    "Connections that the server still holds: 3",
+    r"Bob has \[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, (?!11, 12, 13, 14, 15, 16)",
+    r"\[\(1, 'Pay 100 to Bob.'\), \(2, 'Pay 100 to Bob.'\)\]",
+    r"After \d\d\d messages Ann gets no receipt any more",
+    r"After 700 messages \d{4} KiB wait for Bob",
+]
+
+
+# --- What people get wrong: a change of the solution, and what the check says of it ---
+LATE_REMOVE = solution("no_ghosts").replace(
+    """    try:
+        async for frame in ws:
+            await broadcast(frame.json())
+    finally:
+        connections.remove(ws)
+""",
+    """    async for frame in ws:
+        await broadcast(frame.json())
+    connections.remove(ws)
+""",
+)
+EARLY_ADD = solution("nothing_between").replace("    connections.add(ws)\n", "")
+EARLY_ADD = EARLY_ADD.replace("    for mess", "    connections.add(ws)\n    for mess")
+ALL = "\\A[\\s\\S]*\\Z"  # the whole solution
 WRONG_ATTEMPTS = [
-    ("echo", "await ws.send_json(frame.json())", "ws.send_json(frame.json())", "`send_json` was called and never awaited"),
-    ("echo", "send_json(frame.json())", "send_json(frame)", "Back came [1,"),
-    ("echo", "send_json(frame.json())", "send_json(frame.data)", "Back came"),
-    ("echo", "    return ws", "        break\n    return ws", "Frame 2 went in"),
-    ("awaited", "await ws.send_json", "ws.send_json", "never awaited"),
-    ("broadcast", "await broadcast(", "broadcast(", "`broadcast` was called and never"),
-    ("broadcast", "    connections.add(ws)\n", "", "Bob heard nothing"),
-    ("broadcast", "await broadcast(frame.json())", "await ws.send_json(frame.json())", "Bob heard nothing"),
-    ("no_ghosts", "    try:\n        async for frame in ws:\n            await broadcast(frame.json())\n    finally:\n        connections.remove(ws)\n", "    async for frame in ws:\n        await broadcast(frame.json())\n    connections.remove(ws)\n", "never run"),
-    ("no_ghosts", "connections.remove(ws)", "connections.clear()", "taken Ann's connection along"),
-    ("no_ghosts", "connections.remove(ws)", "pass", "still holds 1 of hers"),
-    ("names", "event | {", "{", "Ann said Hi"),
-    ("names", 'event | {"user": name}', '{"user": name} | event', "Your own value has to win"),
-    ("names", '        await broadcast({"type": "joined", "user": name})\n', "", "nobody was told: no `joined`"),
-    ("names", '\n        await broadcast({"type": "left", "user": name})', "", "no `left`"),
-    ("names", 'await broadcast({"type": "left"', 'broadcast({"type": "left"', "never awaited"),
-    ("as_text", "words.textContent", "words.outerHTML", "does not show the text"),
-    ("as_text", "words.textContent = text", "words.innerHTML = String(text)", "as markup"),
-    ("me", '"/me "', '"/me"', "ordinary message"),
-    ("me", "[4:]", "[3:]", "should hear"),
-    ("me", "    return event\n", "", "should return an event"),
-    ("history", "len(messages) + 1", "len(messages)", "`id` 1"),
-    ("history", "messages[after:]", "messages", "told number 1 once more"),
-    ("history", "        await ws.send_json(message)", "        await broadcast(message)", "heard number"),
-    ("nothing_between", "islice(messages, after, None)", "messages[after:]", "never heard"),
-    ("nothing_between", "    for message in islice(messages, after, None):\n        await ws.send_json(message)\n    connections.add(ws)\n", "    connections.add(ws)\n    for message in islice(messages, after, None):\n        await ws.send_json(message)\n", "Bob heard number"),
-    ("receipt", "await ws.send_json({", "await broadcast({", "for its sender only"),
-    ("receipt", '"id": number', '"id": 0', "instead of one"),
-    ("once", 'key = name, event["nonce"]', 'key = "", event["nonce"]', "the same nonce"),
-    ("once", "if key not in numbers", "if True", "2 times"),
-    ("once", "                numbers[key] = len(messages)\n", "", "KeyError"),
-    ("typing", "                continue\n", "", "KeyError"),
-    ("typing", '"user": name}', '"user": event["user"]}', "instead of one"),
-    ("waiting_for_nobody", "transport.write(frame)", "transport.write(data)", ""),
-    ("waiting_for_nobody", "        transport.write(frame)", "        await ws.send_json(event)", ""),
-    ("bounded", "> 65_536", "> 65_536_000", "KiB wait"),
-]  # fmt: skip
+    ("echo", r"await ws.send_json", "ws.send_json", "`send_json` was called and never"),
+    ("echo", r"frame.json\(\)", "frame", "Back came [1,"),
+    ("echo", r"frame.json\(\)", "frame.data", "Back came"),
+    ("echo", r"    return", "        break\n    return", "Frame 2 went in"),
+    ("awaited", r"await ws", "ws", "never awaited"),
+    ("broadcast", r"await broadcast\(", "broadcast(", "`broadcast` was called and"),
+    ("broadcast", r"    connections.add\(ws\)\n", "", "Bob heard nothing"),
+    ("broadcast", r"await broadcast", "await ws.send_json", "Bob heard nothing"),
+    ("no_ghosts", ALL, LATE_REMOVE, "never run"),
+    ("no_ghosts", r"remove\(ws\)", "clear()", "taken Ann's connection along"),
+    ("no_ghosts", r"connections.remove\(ws\)", "pass", "still holds 1 of hers"),
+    ("names", r"event \| {", "{", "Ann said Hi"),
+    ("names", r'event \| ({"user": name})', r"\1 | event", "own value has to win"),
+    ("names", r"        await broad.*joined.*\n", "", "nobody was told: no `joined`"),
+    ("names", r"\n.*left.*", "", "no `left`"),
+    ("names", r'await (broadcast\({"type": "left")', r"\1", "never awaited"),
+    ("as_text", r"textContent", "outerHTML", "does not show the text"),
+    ("as_text", r"textContent = text", "innerHTML = String(text)", "as markup"),
+    ("me", r'"/me "', '"/me"', "ordinary message"),
+    ("me", r"\[4:\]", "[3:]", "should hear"),
+    ("me", r"    return event\n", "", "should return an event"),
+    ("history", r"len\(messages\) \+ 1", "len(messages)", "`id` 1"),
+    ("history", r"messages\[after:\]", "messages", "told number 1 once more"),
+    ("history", r"ws.send_json\(message\)", "broadcast(message)", "heard number"),
+    ("nothing_between", r"islice\(.*\)", "messages[after:]", "never heard"),
+    ("nothing_between", ALL, EARLY_ADD, "Bob heard number"),
+    ("receipt", r"ws.send_json\({", "broadcast({", "for its sender only"),
+    ("receipt", r'"id": number', '"id": 0', "instead of one"),
+    ("once", r"key = name", 'key = ""', "the same nonce"),
+    ("once", r"if key not in numbers", "if True", "2 times"),
+    ("once", r" *numbers\[key\] = .*\n", "", "KeyError"),
+    ("typing", r" *continue\n", "", "KeyError"),
+    ("typing", r'"user": name}', '"user": event["user"]}', "instead of one"),
+    ("waiting_for_nobody", r"write\(frame\)", "write(data)", ""),
+    ("waiting_for_nobody", r"transport.write\(.*", "await ws.send_json(event)", ""),
+    ("bounded", r"65_536", "65_536_000", "KiB wait"),
+]
 
 
 @pytest.mark.parametrize(
     "name, old, new, hint",
     WRONG_ATTEMPTS,
-    ids=[f"{w[0]}-{n}" for n, w in enumerate(WRONG_ATTEMPTS)],
+    ids=[f"{n}-{w[0]}" for n, w in enumerate(WRONG_ATTEMPTS)],
 )
 async def test_wrong_attempt_is_told_what_it_lacks(attendee, name, old, new, hint):
-    source = solution(name)
-    assert old in source
+    attempt, count = re.subn(old, new, solution(name), count=1)
+    assert count, "the solution has changed"
     await attendee.open(name)
-    said = await attendee.attempt(name, source.replace(old, new))
+    said = await attendee.attempt(name, attempt)
     assert said.startswith("✗ Not yet.")
     assert hint in said
+
+
+# --- In a real JupyterLab, and Notebook 7 ---
+@pytest.fixture(params=["lab", "notebook"])
+async def jupyter(request, browser, tmp_path):
+    """A page of JupyterLab or Notebook 7 that has the notebook open."""
+    for name in "chat.py", "tutorial.ipynb", "templates", "static", "workshop":
+        copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
+        copy(HERE / name, tmp_path / name)
+    # Coverage is about the chat.py here, not about copies of it.
+    unmeasured = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
+    port = unused_port()
+    server = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "jupyter", request.param, "--allow-root"),
+        *("--no-browser", f"--port={port}", "--IdentityProvider.token="),
+        cwd=tmp_path,
+        env=unmeasured,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        await until(lambda: can_connect(port), 60)
+        page = await (await browser.new_context()).new_page()
+        path = {"lab": "lab/tree", "notebook": "notebooks"}[request.param]
+        await page.goto(f"http://localhost:{port}/{path}/tutorial.ipynb")
+        ready = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
+        await page.wait_for_selector(ready, state="attached", timeout=60_000)
+        yield page
+    finally:
+        server.terminate()
+        await server.wait()
+
+
+async def run_in_browser(cell):
+    """Run a cell once. Jupyter may still be busy with itself when it is asked first."""
+    playwright = optional("playwright.async_api")
+    prompt = cell.locator(".jp-InputPrompt")
+    begun = prompt.filter(has_text=re.compile(r"[*\d]"))
+    for _ in range(10):
+        await cell.locator(".cm-content").click()
+        await cell.page.keyboard.press("Shift+Enter")
+        with contextlib.suppress(playwright.TimeoutError):
+            await begun.wait_for(timeout=3000)
+            break
+    await prompt.filter(has_text=re.compile(r"\d")).wait_for()
+
+
+async def test_people_talk_in_frames_of_the_notebook(jupyter):
+    """Sign up in the frame of the room; then echo oneself in the frame of step 1."""
+    cells = jupyter.locator(".jp-CodeCell")
+    await run_in_browser(cells.nth(0))
+    await run_in_browser(cells.nth(1))
+    room = jupyter.frame_locator("iframe[data-path='/']")
+    await room.get_by_role("link", name="Create an account").click()
+    await room.get_by_label("Name", exact=True).fill("ann")
+    await room.get_by_label("Password", exact=True).fill(PASSWORD)
+    await room.get_by_label("Password again").fill(PASSWORD)
+    await room.get_by_role("button", name="Create account").click()
+    await room.get_by_label("Message", exact=True).fill("I am in the frame.")
+    await room.get_by_role("button", name="Send").click()
+    await room.locator("#messages li.own:not(.pending)").wait_for()
+    for number in range(4, 8):
+        await run_in_browser(cells.nth(number))
+    echo = jupyter.frame_locator("iframe[data-path='/?name=ann']")
+    await echo.get_by_text("online", exact=True).wait_for()
+    await echo.get_by_label("Message").fill("Hello?")
+    await echo.get_by_role("button", name="Send").click()
+    await echo.locator("li:not(.waiting)", has_text="Hello?").wait_for()
+
+
+# --- The day before ---
+def set_up_check(tmp_path, *command, **environment):
+    """Run it in a process group of its own: a browser that it opens ends with it."""
+    said = tmp_path / "said.txt"
+    with said.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=HERE,
+            env=os.environ | environment,
+            stdout=output,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        code = process.wait(60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return code, said.read_text("utf-8").rstrip().splitlines()
+
+
+def test_set_up_check_fits_on_a_screen_and_ends_with_a_line_to_send(tmp_path):
+    code, lines = set_up_check(tmp_path, "-m", "workshop", "--no-browser")
+    assert code == 0
+    assert len(lines) <= 24
+    assert lines[-1].startswith(" READY · Python 3.")
+    assert " · receipt " in lines[-1]
+
+
+def test_set_up_check_names_what_is_missing(tmp_path):
+    code, lines = set_up_check(tmp_path, "-S", "-m", "workshop")  # -S: no site-packages
+    assert code == 1
+    assert lines[-1].startswith(" NOT READY · ") and "missing aiohttp" in lines[-1]
+
+
+def test_set_up_check_looks_through_a_browser(tmp_path):
+    path = program("chromium", "chromium-browser", "google-chrome")
+    command = f"{path} --headless --no-sandbox --disable-gpu %s"
+    code, lines = set_up_check(tmp_path, "-m", "workshop", BROWSER=command)
+    assert code == 0
+    assert "a frame with a WebSocket works and keeps cookies" in "".join(lines)

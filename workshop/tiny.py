@@ -200,7 +200,7 @@ playing: list[contextlib.AsyncExitStack] = []
 
 
 async def play(talk, *names: str, page: str = page, typing: bool = False):
-    """Serve a handler until `stop_playing`; the server is shown as a page for each name.
+    """Serve a handler until `stop_playing`, and show a page for each name.
 
     A cell that is run again gets another server: it begins with nobody and no message.
     """
