@@ -756,7 +756,8 @@ class Form(Page):
         allowance. And take equally long when no user matches.
         """
         user = await User(self.request[DB]).find(form["login"])
-        self.throttle(user["_id"] if user else fold(form["login"]))
+        # Cut it: one character may become 18 in `fold`, and the throttle keeps it.
+        self.throttle(user["_id"] if user else fold(form["login"])[:LONGEST_FIELD])
         if user is None:
             await self.in_hash_thread(hash_password, form["password"])
             return None
