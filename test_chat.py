@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from html import unescape
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -794,24 +795,29 @@ async def test_name_or_email_in_any_spelling_signs_in(server, login):
     assert re.search('id="user"[^>]*>Ann<', await response.text())
 
 
-@pytest.mark.parametrize(
-    "name", ["ann", "Zoë", "Ольга", "काजल", "محمد", "李小龍", "a-_", "x" * 32, "123"]
-)
-async def test_names_of_any_script_are_welcome(server, name):
-    ws = await connect(await sign_in(server, name))
+NAMES = [
+    "ann", "Zoë", "Ünal", "Ольга", "Боб", "काजल", "अनिल", "สมชาย", "محمد", "李小龍",
+    "a-_", "x" * 32, "123",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_names_of_any_script_are_welcome(serve, name):
+    ws = await connect(await sign_in(await serve(chat.Settings()), name))
     assert ws.welcome["user"] == name
 
 
 WRONG_NAMES = [
     "", "  ", "ab", "x" * 33, "a b", "a.b", "a@b.c", "<b>ann</b>", "ann\0", "a\nb",
     "ann\u200b", "ann\u202e", "\u3164\u3164\u3164", "ann\ufe0f", "ann\u00ad",
-    "😀😀😀", "';--",
+    "😀😀😀", "';--", "ann\U000e0100", "a" + "\u0323" * 31, "x\u0325\u0329\u032ay",
+    "\u0323ann", "ﬁona", "ann①", "annאבג", "אבגann", "12א", "\u200dann", "ann\u200d",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG_NAMES)
-async def test_name_that_is_none_is_refused_beside_its_field(server, name):
-    visitor = await server.visitor()
+async def test_name_that_is_none_is_refused_beside_its_field(serve, name):
+    visitor = await (await serve(chat.Settings())).visitor()
     response = await visitor.post("/signin", data=form(name, email="a@b.c"))
     page = await response.text()
     assert response.status == 422
@@ -869,6 +875,92 @@ async def test_two_simultaneous_sign_ups_make_one_account(server):
     assert sorted(statuses) == [303] + 5 * [422]
 
 
+async def test_wide_letters_become_plain_ones(server):
+    assert (await connect(await sign_in(server, "Ａｎｎ"))).welcome["user"] == "Ann"
+
+
+async def test_second_click_on_create_account_signs_in(server):
+    visitor, other = await server.visitor(), await server.visitor()
+    data = form("ann", email="ann@example.org")
+    posts = [
+        client.post("/signin", data=data, allow_redirects=False)
+        for client in (visitor, visitor, other)
+    ]
+    for response in await asyncio.gather(*posts):
+        assert (response.status, response.headers["Location"]) == (303, "/")
+    assert await server.app[chat.DATABASE].users.count_documents({}) == 1
+    for client in visitor, other:
+        assert (await client.get("/")).url.path == "/"
+
+
+async def test_second_click_is_an_attempt_to_sign_in(serve):
+    """Else signing up would be a way to guess passwords without a limit."""
+    server = await serve(chat.Settings(LOGIN_ATTEMPTS=4))
+    await sign_in(server, "ann")
+    visitor, statuses = await server.visitor(), []
+    for number in range(4):
+        guess = {"password": f"guess no. {number}", "password2": f"guess no. {number}"}
+        response = await visitor.post("/signin", data=form("ann") | guess)
+        statuses.append(response.status)
+    assert statuses == [422, 422, 422, 429]
+    response = await visitor.post("/login", data=form("Ann", password="guess no. 5"))
+    assert response.status == 422  # three attempts counted twice: by name, by account
+    assert (await visitor.post("/login", data=form("Ann"))).status == 429
+
+
+async def test_account_older_than_a_minute_is_nobodys_second_click(serve):
+    server = await serve(chat.Settings())
+    long_ago = chat.datetime.now(chat.UTC) - chat.timedelta(minutes=2)
+    user = {"_id": ObjectId.from_datetime(long_ago), "name": "ann", "name_key": "ann"}
+    user["password"] = chat.hash_password(PASSWORD)
+    await server.app[chat.DATABASE].users.insert_one(user)
+    visitor = await server.visitor()
+    response = await visitor.post("/signin", data=form("ann"))
+    assert response.status == 422
+    assert "has this already" in field_error(await response.text(), "login")
+    assert (await visitor.post("/login", data=form("ann"))).url.path == "/"
+
+
+async def test_password_in_either_normal_form_is_one(server):
+    composed, decomposed = "caf\u00e9 au lait", "cafe\u0301 au lait"
+    await sign_in(server, "ann", password=composed, password2=decomposed)
+    visitor = await server.visitor()
+    for password in composed, decomposed:
+        response = await visitor.post("/login", data=form("ann", password=password))
+        assert response.url.path == "/"
+        await visitor.post("/signout")
+
+
+async def test_no_text_is_normalized_before_its_length_is_looked_at(serve, monkeypatch):
+    """16 KB of combining marks take 112 ms, in which the room stands still."""
+    lengths, normalize = [], chat.unicodedata.normalize
+
+    def note(kind, text):
+        lengths.append(len(text))
+        return normalize(kind, text)
+
+    server = await serve(chat.Settings())
+    visitor = await server.visitor()
+    monkeypatch.setattr(chat.unicodedata, "normalize", note)
+    monkeypatch.setattr(chat, "hash_password", str.upper)
+    for name in "login", "email", "password", "password2":
+        for count in 150, 1_200:  # pairs of marks, of 12 bytes each
+            data = form("ann") | {name: "a" + "\u0316\u0301" * count}
+            for path in "/login", "/signin":
+                response = await visitor.post(path, data=data)
+                assert response.status == 422
+    assert lengths and max(lengths) <= chat.LONGEST_FIELD
+
+
+async def test_field_that_is_too_long_is_said_beside_it_and_not_sent_back(server):
+    visitor = await server.visitor()
+    data = form("x" * 255, email="y" * 255)
+    page = await (await visitor.post("/signin", data=data)).text()
+    for name in "login", "email":
+        assert "at most 254 characters" in field_error(page, name)
+    assert "xxx" not in page and "yyy" not in page
+
+
 async def test_unknown_name_and_wrong_password_look_the_same(server):
     await sign_in(server, "ann")
     visitor = await server.visitor()
@@ -910,16 +1002,113 @@ async def test_crowd_that_signs_in_is_hashed_in_turn_and_beside_the_room(
     assert len(threads) == 1 and threading.main_thread() not in threads
 
 
-async def test_too_many_attempts_have_to_wait(serve):
-    server = await serve(chat.Settings(LOGIN_ATTEMPTS=3))
-    visitor = await server.visitor()
-    for login in "ann", "ANN", "Ann":
-        assert (await visitor.post("/login", data=form(login))).status == 422
-    response = await visitor.post("/login", data=form("ann"))
-    assert response.status == 429
-    assert 1 <= int(response.headers["Retry-After"]) <= 21
-    assert "Too many attempts" in field_error(await response.text(), "login")
-    assert (await visitor.post("/login", data=form("bob"))).status == 422  # another
+async def test_queue_of_those_who_wait_for_a_hash_has_its_bound(serve, monkeypatch):
+    """Beyond it the form comes back filled, and says when to try again."""
+    first, go_on = start_hashing(monkeypatch)
+    server = await serve(chat.Settings())
+    visitors = [await server.visitor() for _ in range(3)]
+    ann = asyncio.create_task(visitors[0].post("/signin", data=form("ann")))
+    await asyncio.to_thread(first.wait)
+    monkeypatch.setattr(chat, "HASH_WAIT", 0.05)
+    late = visitors[1].post("/signin", data=form("bob", email="bob@example.org"))
+    login = visitors[2].post("/login", data=form("bob"))
+    for response in await asyncio.gather(late, login):
+        page = await response.text()
+        assert (response.status, response.headers["Retry-After"]) == (503, "3")
+        assert "Too many people sign in" in field_error(page, "login")
+        assert 'value="bob"' in page and PASSWORD not in page
+    go_on.set()
+    assert (await ann).url.path == "/"
+    monkeypatch.setattr(chat, "HASH_WAIT", 10)
+    assert (await visitors[1].post("/signin", data=form("bob"))).url.path == "/"
+
+
+async def test_who_has_hung_up_is_not_hashed_for(serve, monkeypatch):
+    first, go_on = start_hashing(monkeypatch)
+    server = await serve(chat.Settings())
+    ann = asyncio.create_task(sign_in(server, "ann"))
+    await asyncio.to_thread(first.wait)
+    body = urlencode(form("bob") | OTHER).encode()
+    lines = ["POST /signin HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
+    lines += ["Content-Type: application/x-www-form-urlencoded", "", ""]
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write("\r\n".join(lines).encode() + body)
+    turn = server.app[chat.HASH_TURN]
+    await until(lambda: turn._waiters)
+    before = len(server.runner.server.connections)
+    writer.transport.abort()
+    await until(lambda: len(server.runner.server.connections) < before)
+    go_on.set()
+    await ann
+    await sign_in(server, "joe")
+    assert first.hashed == [PASSWORD, PASSWORD]
+
+
+def start_hashing(monkeypatch):
+    """Replace hashing by one that starts, and goes on when it is told."""
+    first, go_on = threading.Event(), threading.Event()
+    first.hashed, hash_password = [], chat.hash_password
+
+    def hash_when_told(password):
+        first.hashed.append(password)
+        first.set()
+        assert go_on.wait(20)
+        return hash_password(password)
+
+    monkeypatch.setattr(chat, "hash_password", hash_when_told)
+    return first, go_on
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        ["ann", "ANN", "ann ", "  ann", "ａｎｎ", "ann\t", "Ann@example.org", "Ａnn"],
+        ["nobody", "NOBODY", " nobody ", "ｎobody", "Nobody"],
+        ["no@body", "NO@body", " no@body", "no@ｂody"],
+    ],
+)
+async def test_attempts_count_per_account_however_it_is_spelled(serve, spellings):
+    server = await serve(chat.Settings(LOGIN_ATTEMPTS=len(spellings)))
+    await sign_in(server, "ann", email="ann@example.org")
+    visitor, wrong = await server.visitor(), {"password": "a wrong guess"}
+    for login in spellings:
+        assert (await visitor.post("/login", data=form(login) | wrong)).status == 422
+    for login in spellings:
+        response = await visitor.post("/login", data=form(login))
+        assert response.status == 429
+        assert 1 <= int(response.headers["Retry-After"]) <= 21
+        assert "Too many attempts" in field_error(await response.text(), "login")
+    response = await visitor.post("/login", data=form("bob") | wrong)
+    assert response.status == 422  # another account has its own
+
+
+async def test_attempts_count_per_network_of_the_visitor(serve, monkeypatch):
+    """A home has one IPv4 address, or a /64 of IPv6 ones."""
+    remote = property(lambda request: request.headers.get("X-Test"))
+    monkeypatch.setattr(chat.web.Request, "remote", remote)
+    server = await serve(chat.Settings(LOGIN_ATTEMPTS=2))
+    visitor, statuses = await server.visitor(), []
+    for address in (
+        "2001:db8::1", "2001:db8::ffff:2", "2001:db8:0:0:3::", "2001:db8:0:1::1",
+        "fe80::1%eth0", "fe80::2%eth0", "fe80::3%eth1", "10.0.0.1", "10.0.0.2", "",
+    ):  # fmt: skip
+        headers = {"X-Test": address}
+        response = await visitor.post("/login", data=form("ann"), headers=headers)
+        statuses.append(response.status)
+    assert statuses == [422, 422, 429, 422, 422, 422, 429, 422, 422, 422]
+
+
+async def test_what_the_throttle_keeps_for_strangers_has_a_bound(serve, monkeypatch):
+    monkeypatch.setattr(chat, "hash_password", str.upper)
+    server = await serve(chat.Settings())
+    visitor, keys = await server.visitor(), []
+    throttle = server.app[chat.THROTTLE]
+    assert throttle.cache_info().maxsize <= 10_000
+    server.app._state[chat.THROTTLE] = lambda *key: keys.append(key) or throttle(*key)
+    for login in "\ufdfa" * 254, "x" * 254, "x" * 4_000, "a@" + "\ufdfa" * 252:
+        for path in "/login", "/signin":
+            await visitor.post(path, data=form(login))
+    assert keys and max(len(account) for _, account in keys) <= 254
 
 
 def test_bucket_lets_a_burst_through_and_then_a_steady_rate(monkeypatch):
@@ -1085,6 +1274,26 @@ def test_log_keeps_the_traceback_of_a_fault_of_ours(caplog):
     assert "Traceback" in caplog.text
 
 
+async def test_body_that_trickles_is_answered_and_the_connection_ends(
+    serve, monkeypatch, caplog
+):
+    monkeypatch.setattr(chat, "DEADLINE", 0.2)
+    server = await serve(chat.Settings())
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    lines = ["POST /login HTTP/1.1", "Host: localhost", "Content-Length: 999"]
+    lines += ["Content-Type: application/x-www-form-urlencoded", "", "login=an"]
+    writer.write("\r\n".join(lines).encode())
+    answer = b""
+    async with asyncio.timeout(8):  # aiohttp itself would hold it for 10 s more
+        while chunk := await reader.read(100):
+            answer += chunk
+            if b"took too long" not in answer:
+                writer.write(b"n")
+    assert answer.startswith(b"HTTP/1.1 408")
+    writer.close()
+    assert "Traceback" not in caplog.text
+
+
 async def test_body_that_is_broken_or_huge_is_refused(serve, caplog):
     server = await serve(chat.Settings())
     kind = b"Content-Type: application/x-www-form-urlencoded"
@@ -1131,6 +1340,37 @@ async def test_markup_in_a_message_is_text_on_the_page(server):
     await say(await connect(ann), "<script>alert(1)</script> & {{ 7 * 7 }}")
     page = await (await ann.get("/")).text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; {{ 7 * 7 }}" in page
+
+
+LINKS = {
+    "see https://a.example/b?c=d&e#f.": ["https://a.example/b?c=d&e#f"],
+    "(http://a.example/x_(y)), Https://B.example!": [
+        "http://a.example/x_(y)",
+        "Https://B.example",
+    ],
+    "https://bücher.example/ü": ["https://bücher.example/ü"],
+    "javascript:alert(1) ftp://a.example www.a.example a@b.example": [],
+    'https://a.example/"onclick="alert(1)': ["https://a.example/"],
+    "https://a.example/'x'": ["https://a.example/'x"],
+    "<https://a.example/>https://": ["https://a.example/"],
+    "https://a.example/\u202ehttps://b.example": [
+        "https://a.example/",
+        "https://b.example",
+    ],
+}
+
+
+@pytest.mark.parametrize("text", LINKS)
+def test_web_addresses_are_links_and_the_rest_is_escaped(text):
+    html = str(chat.links(text))
+    hrefs = re.findall(r'<a href="([^"]*)"', html)
+    assert list(map(unescape, hrefs)) == LINKS[text]
+    tags = re.findall("<[^>]*>", html)
+    opening = [tag for tag in tags if tag != "</a>"]
+    assert len(opening) == len(hrefs) and len(tags) == 2 * len(hrefs)
+    for tag in opening:
+        assert 'target="_blank" rel="noopener noreferrer nofollow"' in tag
+    assert unescape(re.sub("<[^>]*>", "", html)) == text
 
 
 # ==============================================================================
