@@ -1397,8 +1397,9 @@ def validate_event(event: dict, max_length: int) -> str | None:
 
 
 # These letters and symbols show as nothing, like separators and control characters.
-INVISIBLE = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+INVISIBLE = set("\u034f\u115f\u1160\u17b4\u17b5\u2065\u2800\u3164\uffa0")
 INVISIBLE |= {chr(n) for n in (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10))}
+INVISIBLE |= {chr(n) for n in (*range(0xFFF0, 0xFFF9), *range(0xE0000, 0xE1000))}
 
 
 def is_blank(text: str) -> bool:
