@@ -1510,6 +1510,47 @@ async def test_nothing_falls_between_replay_and_live(server):
         assert ids == list(range(301))
 
 
+async def test_newcomer_hears_everything_after_what_welcome_names(server):
+    """Also while others talk without a pause; nothing twice, nothing missed."""
+    ann = await sign_in(server)
+    room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
+
+    async def talk():
+        for number in range(200):
+            await room.post(user, "x", f"{number}")
+            await asyncio.sleep(0.001)
+
+    talking = asyncio.create_task(talk())
+    while not talking.done():
+        ws = await connect(ann)
+        first = ws.welcome["last"] + 1
+        if first < 190:
+            heard = [(await read(ws, "message"))["id"] for _ in range(5)]
+            assert heard == list(range(first, first + 5))
+        await ws.close()
+    await talking
+
+
+async def test_message_broadcast_at_the_end_of_a_replay_comes_once(server, monkeypatch):
+    """It is in the history by then, and waits for the next flush."""
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_bob = await connect(bob)
+    await say(from_bob, "first")
+    replay, history = chat.WebSocket.replay, server.app[chat.ROOM].history
+    monkeypatch.setattr(chat, "TURNS", 1_000)
+
+    async def replay_beside_a_message(*arguments):
+        await send_only(from_bob, "second", "n2")
+        await until(lambda: history.last_broadcast == 2)
+        await replay(*arguments)
+
+    monkeypatch.setattr(chat.WebSocket, "replay", replay_beside_a_message)
+    ws = await connect(ann, after=0)
+    assert [event["text"] for event in ws.replayed] == ["first", "second"]
+    monkeypatch.undo()
+    assert (await say(ws, "third"))["id"] == 3
+
+
 async def test_who_missed_more_than_is_kept_sees_the_gap(serve):
     server = await serve(chat.Settings())
     ann = await sign_in(server)
@@ -1591,6 +1632,53 @@ def examples(strategy, count):
 
     collect()
     return found
+
+
+INVISIBLE = [
+    "", " \n\t", "\u200b" * 3, "\u3164", "\u2800\u2800", "\u00ad", "\ufe0f", "\u115f",
+    "\u180e", "\u2060\ufeff", "\u202e \u202c", "\u2028\u2029", "\0\x1b", "\u034f",
+    "\U000e0100", "\U000e0041\U000e007f", "\U0001d173", "\u2065", "\ufff0", "\uffa0",
+    "\u17b4", "\u180b\u180f", "\n" * 1_000,
+]  # fmt: skip
+
+
+async def test_text_that_shows_nothing_is_empty(serve):
+    server = await serve(chat.Settings(MESSAGE_BURST=1000))
+    ws = await connect(await sign_in(server))
+    for text in INVISIBLE:
+        error = await send(ws, text, "n1")
+        assert (error["type"], error.get("code")) == ("error", "empty"), ascii(text)
+    for text in "x", "\u200bx", "😀\ufe0f", "👩\u200d🚀", "\u0301", "\U0010ffff", "–":
+        assert (await say(ws, text))["text"] == text
+
+
+async def test_error_has_the_nonce_wherever_the_event_has_one(serve):
+    """Half a surrogate pair in it, too, which comes back as it was sent."""
+    server = await serve(chat.Settings())
+    ws = await connect(await sign_in(server))
+    for nonce in "n1", "", "x" * 65, "\ud800", "é\udfff", "😀":
+        for kind in "rubbish", "message":
+            await ws.send_json({"type": kind, "nonce": nonce})
+            error = await read(ws)
+            while error["type"] != "error":
+                error = await read(ws)
+            assert (error["code"], error["nonce"]) == ("bad_event", nonce)
+    for nonce in 17, None, ["x"]:
+        await ws.send_json({"type": "message", "text": "x", "nonce": nonce})
+        assert "nonce" not in await read(ws, "error")
+
+
+async def test_fields_that_nobody_asked_for_are_passed_over(serve):
+    ws = await connect(await sign_in(await serve(chat.Settings())))
+    event = {"type": "message", "text": "x", "nonce": "n1", "id": 99, "user": "eve"}
+    await ws.send_json(event | {"more": ["\ud800"]})
+    message = await read(ws, "message")
+    assert (message["id"], message["user"]) == (1, "ann") and "more" not in message
+
+
+async def test_sentence_about_a_message_not_saved_says_what_the_page_does():
+    assert "keeps trying" in chat.ERRORS["not_saved"]
+    assert "again" not in chat.ERRORS["not_saved"]
 
 
 async def test_limits_answer_with_an_error_that_names_the_nonce(serve):
@@ -1685,6 +1773,67 @@ async def test_who_is_beyond_the_limit_is_not_read_until_there_is_a_token(serve)
     await flooding
     for number in range(3, 4_000):  # nothing has to be sent again
         assert (await read(from_ann, "receipt"))["nonce"] == f"n{number}"
+
+
+async def test_one_window_too_many_is_refused_before_its_upgrade(serve):
+    server = await serve(chat.Settings(CONNECTIONS_PER_PERSON=2))
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    tabs = [await connect(ann) for _ in range(2)]
+    with pytest.raises(aiohttp.WSServerHandshakeError, match="429"):
+        await ann.ws_connect("/ws")
+    response = await ann.get("/ws")
+    assert (response.status, response.headers["Retry-After"]) == (429, "5")
+    assert "2 windows" in await response.text()
+    await connect(bob)  # the limit is per person
+    await tabs[0].close()
+    await until(lambda: len(server.app[chat.ROOM].connections) == 2)
+    await connect(ann)
+
+
+async def test_handshakes_at_once_cannot_share_the_last_free_place(server):
+    ann = await sign_in(server)
+    limit = server.app[chat.SETTINGS].CONNECTIONS_PER_PERSON
+    assert limit == 20
+    attempts = [ann.ws_connect("/ws") for _ in range(limit + 5)]
+    results = await asyncio.gather(*attempts, return_exceptions=True)
+    refused = [error for error in results if isinstance(error, Exception)]
+    assert [error.status for error in refused] == 5 * [429]
+    assert len(server.app[chat.ROOM].connections) == limit
+
+
+async def test_heartbeat_tells_everybody_the_newest_number(serve, monkeypatch):
+    assert chat.HEARTBEAT == 20
+    monkeypatch.setattr(chat, "HEARTBEAT", 0.05)
+    server = await serve(chat.Settings())
+    sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
+    for ws in sockets:
+        assert await read(ws, "heartbeat") == {"type": "heartbeat", "last": 0}
+    await say(sockets[0], "hello")
+    for ws in sockets:
+        while (event := await read(ws, "heartbeat"))["last"] == 0:
+            pass
+        assert event["last"] == 1
+
+
+def test_person_is_online_while_any_process_has_the_name(monkeypatch):
+    now, online = 1_000.0, chat.Online()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def told(**processes):
+        online.processes = {name: set(names) for name, names in processes.items()}
+        return [(event["type"], event["user"]) for event in online.changes()]
+
+    assert told(a=["ann", "bob"]) == [("joined", "ann"), ("joined", "bob")]
+    assert told(a=["ann"], b=["bob"]) == []  # moved to another process
+    assert told(a=["ann", "bob"], b=["bob"]) == []
+    assert told(a=["ann"]) == told() == []  # a restart, a reload, an outage
+    now += chat.GRACE - 0.1
+    assert told(a=["bob"], b=["eve"]) == [("joined", "eve")]
+    now += 0.1
+    assert told(b=["eve"]) == [("left", "ann")]  # bob came back in between
+    now += chat.GRACE
+    assert told(b=["eve"]) == [("left", "bob")]
+    assert told(a=["ann"]) == [("joined", "ann")]
 
 
 async def test_people_see_each_other_come_and_go(server):
@@ -1965,13 +2114,21 @@ async def test_peer_that_is_gone_in_the_middle_of_an_answer_is_no_error(serve, c
     assert caplog.text == ""
 
 
-async def test_handshake_that_is_none_is_a_400(server):
-    ann = await sign_in(server)
+async def test_why_a_handshake_fails_is_told_to_a_plain_get(standalone, serve):
+    """No session, too many windows, no database; else only the handshake is missing."""
+    server = await serve(on(standalone.uri, CONNECTIONS_PER_PERSON=1))
+    visitor, ann = await server.visitor(), await sign_in(server)
+    response = await visitor.get("/ws", allow_redirects=False)
+    assert (response.status, response.headers["Location"]) == (303, "/login")
     assert (await ann.get("/ws")).status == 400
-    response = await ann.get(
-        "/ws", headers={"Upgrade": "websocket", "Connection": "Upgrade"}
-    )
-    assert response.status == 400
+    half = {"Upgrade": "websocket", "Connection": "Upgrade"}
+    assert (await ann.get("/ws", headers=half)).status == 400
+    ws = await connect(ann)
+    assert (await ann.get("/ws")).status == 429
+    await ws.close()
+    standalone.freeze()
+    response = await ann.get("/ws")
+    assert response.status == 503 and "does not answer" in await response.text()
 
 
 # ==============================================================================
