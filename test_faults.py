@@ -12,8 +12,13 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
+import shutil
 import signal
+import ssl
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,14 +34,20 @@ from yarl import URL
 
 import chat
 from conftest import (
+    HERE,
     NO_MONGOD,
     ReplicaSet,
+    can_connect,
+    clean_environment,
     connect,
     form,
     need,
+    program,
     read,
+    running,
     shown_ids,
     until,
+    wait_for,
 )
 from workshop.mongodb import find_mongod
 
@@ -57,7 +68,7 @@ class Place:
     """A database of its own, its operator (`db`), and the processes that share it."""
 
     def __init__(self, uri, run):
-        self.uri, self.run = uri, run
+        self.uri, self.run, self.processes = uri, run, []
         self.client = pymongo.MongoClient(uri, tz_aware=True)
         self.db = self.client[f"test-{ObjectId()}"]
 
@@ -70,7 +81,8 @@ class Place:
             "MESSAGES_PER_SECOND": "1000",
             "MESSAGE_BURST": "1000",
         }
-        return self.run(**environment | more)
+        self.processes.append(self.run(**environment | more))
+        return self.processes[-1]
 
     async def start(self, *settings):
         """Start a process with each of these settings, all at once; return them."""
@@ -92,6 +104,15 @@ class Place:
         unique = sorted(index["name"] for index in kept if index.get("unique"))
         return unique, [i["expireAfterSeconds"] for i in kept if "seen" in i["key"]]
 
+    def end(self):
+        """Stop all that still run, and see that none has had an error."""
+        self.client.close()
+        for process in self.processes:
+            process.process.send_signal(signal.SIGCONT)
+            if process.process.returncode is None:
+                _, _, errors = process.stop(signal.SIGTERM)
+                assert not re.search("Traceback|CRITICAL|ERROR", errors), errors
+
 
 INDEXES = ["unique email_key", "unique name_key", "unique nonce"], [45]
 
@@ -101,7 +122,7 @@ def place(start, mongodb):
     """A database on a replica set with one member."""
     place = Place(mongodb, start)
     yield place
-    place.client.close()
+    place.end()
 
 
 @pytest.fixture
@@ -109,7 +130,7 @@ def three(start, replica_set):
     """A database on a replica set with three members."""
     place = Place(replica_set.uri, start)
     yield place
-    place.client.close()
+    place.end()
 
 
 def kill_change_streams(client):
@@ -186,12 +207,20 @@ class Person:
         self.name, self.sessions = name, {}
         self.jar = aiohttp.CookieJar(unsafe=True)  # also for an IP address
 
-    def at(self, process):
-        """Return the session that talks to this process."""
-        if process.url not in self.sessions:
-            session = aiohttp.ClientSession(process.url, cookie_jar=self.jar)
-            self.sessions[process.url] = session
-        return self.sessions[process.url]
+    def at(self, server):
+        """Return the session that talks to a server, as a browser does."""
+        if server.url not in self.sessions:
+            self.sessions[server.url] = aiohttp.ClientSession(
+                server.url,
+                cookie_jar=self.jar,
+                connector=aiohttp.TCPConnector(ssl=getattr(server, "tls", True)),
+                headers={"Origin": server.url},
+            )
+        return self.sessions[server.url]
+
+    async def close(self):
+        for session in self.sessions.values():
+            await session.close()
 
     async def sign_up(self, process):
         async with self.at(process).post("/signin", data=form(self.name)) as page:
@@ -254,8 +283,7 @@ async def person():
 
     yield person
     for person in people:
-        for session in person.sessions.values():
-            await session.close()
+        await person.close()
 
 
 class Talker:
@@ -265,23 +293,21 @@ class Talker:
     again. It notes each receipt, and each message once.
     """
 
-    def __init__(self, name, *processes):
-        self.name, self.urls = name, [process.url for process in processes]
+    def __init__(self, name, *servers):
+        self.name, self.person, self.servers = name, Person(name), list(servers)
         self.shown, self.receipts, self.gone = [], {}, []
         self.connections, self.refused, self.silent = 0, 0, False
         self.pending, self.due = None, 0
 
     async def __aenter__(self):
-        jar = aiohttp.CookieJar(unsafe=True)
-        self.session = await aiohttp.ClientSession(cookie_jar=jar).__aenter__()
-        await self.session.post(f"{self.urls[0]}/signin", data=form(self.name))
+        await self.person.sign_up(self.servers[0])
         self.task = asyncio.create_task(self.live())
         return self
 
     async def __aexit__(self, *_):
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
-        await self.session.close()
+        await self.person.close()
 
     @property
     def last(self):
@@ -290,11 +316,11 @@ class Talker:
     async def live(self):
         while True:
             with contextlib.suppress(aiohttp.ClientError, OSError):
-                url = f"{self.urls[0]}/ws?after={self.last}"
-                async with self.session.ws_connect(url) as ws:
+                session, url = self.person.at(self.servers[0]), f"/ws?after={self.last}"
+                async with session.ws_connect(url) as ws:
                     self.connections, self.due = self.connections + 1, 0
                     await self.talk(ws)
-            self.urls.append(self.urls.pop(0))
+            self.servers.append(self.servers.pop(0))
             await asyncio.sleep(0.3)
 
     async def talk(self, ws):
@@ -356,7 +382,7 @@ async def test_two_processes_are_one_room(place):
         await asyncio.gather(ann.has_gone_on(30), bob.has_gone_on(30))
         await assert_nothing_is_lost(place, ann, bob)
         for process in one, other:  # a session works on both; both know who is there
-            ws = await ann.session.ws_connect(f"{process.url}/ws")
+            ws = await ann.person.at(process).ws_connect("/ws")
             assert (await read(ws, "welcome"))["online"] == ["ann", "bob"]
             await ws.close()
         bob.task.cancel()
@@ -764,3 +790,198 @@ async def test_database_of_the_first_edition_goes_on(place, person):
     data = form("ANN", password="battery staple", password2="battery staple")
     async with person("ANN").at(process).post("/signin", data=data) as page:
         assert (page.status, "has this already" in await page.text()) == (422, True)
+
+
+# ==============================================================================
+# Behind a proxy, in a container, beside other applications
+# ==============================================================================
+class Proxy:
+    """Debian's nginx in front of two processes, with the lines of docs/nginx.conf."""
+
+    def __init__(self, folder):
+        self.port, self.ports = unused_port(), (unused_port(), unused_port())
+        self.url, self.folder = f"https://localhost:{self.port}", folder
+        self.certificate, self.key = folder / "certificate.pem", folder / "key.pem"
+        command = "openssl req -x509 -nodes -days 2 -subj /CN=localhost"
+        command += " -newkey ec -pkeyopt ec_paramgen_curve:prime256v1"
+        command += " -addext subjectAltName=DNS:localhost"
+        paths = ["-out", self.certificate, "-keyout", self.key]
+        subprocess.run([*command.split(), *paths], check=True, capture_output=True)
+        self.tls = ssl.create_default_context(cafile=self.certificate)
+
+    def configure(self, more):
+        """Write the configuration: docs/nginx.conf with names of this machine."""
+        text = (HERE / "docs/nginx.conf").read_text()
+        for old, new in {
+            "127.0.0.1:8081": f"127.0.0.1:{self.ports[0]}",
+            "127.0.0.1:8082": f"127.0.0.1:{self.ports[1]}",
+            "443 ssl http2": f"127.0.0.1:{self.port} ssl http2",
+            "server_name chat.example": "server_name localhost",
+            "/etc/ssl/certs/chat.example.pem": str(self.certificate),
+            "/etc/ssl/private/chat.example.key": str(self.key),
+            "proxy_pass http://chat;": f"proxy_pass http://chat; {more}",
+        }.items():
+            assert text.count(old) == 1, f"docs/nginx.conf has no {old!r}"
+            text = text.replace(old, new)
+        (self.folder / "chat.conf").write_text(text)
+        (self.folder / "nginx.conf").write_text(NGINX)
+
+    async def start(self, place):
+        """Start a process for each port; return them."""
+        ports = [{"PORT": str(port), "ORIGIN": self.url} for port in self.ports]
+        return await place.start(*ports)
+
+
+NGINX = """
+daemon off; error_log stderr; pid nginx.pid;
+events {}
+http {
+    access_log off; proxy_temp_path proxy; client_body_temp_path body;
+    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+    include chat.conf;
+}
+"""
+
+
+@pytest.fixture
+def proxy(request, tmp_path):
+    nginx, proxy = program("nginx"), Proxy(tmp_path)
+    proxy.configure(getattr(request, "param", ""))
+    with running(nginx, "-p", tmp_path, "-c", "nginx.conf", "-e", "stderr"):
+        wait_for(lambda: can_connect(proxy.port))
+        yield proxy
+
+
+HOSTS = {
+    "left to nginx": "",
+    "passed on": "proxy_set_header Host $http_host;",
+    "rewritten": "proxy_set_header Host inner.example:99;"
+    "proxy_set_header X-Forwarded-Host 'a.example, b.example';",
+}
+
+
+@pytest.mark.parametrize("proxy", HOSTS.values(), ids=HOSTS, indirect=True)
+async def test_two_people_chat_through_a_proxy_whatever_it_does_with_host(
+    place, proxy, person
+):
+    one, other = await proxy.start(place)
+    people = [await person(name).sign_up(proxy) for name in ("ann", "bob")]
+    windows = [await people[n % 2].open(proxy) for n in range(4)]
+    used = {"names": {"$ne": []}}  # both processes
+    await until(lambda: place.db.processes.count_documents(used) == 2)
+    for number, window in enumerate(windows, 1):
+        assert await window.say(f"text {number}") == number
+    for window in windows:
+        await until(lambda window=window: list(window.texts) == [1, 2, 3, 4])
+    assert all(cookie["secure"] for cookie in people[0].jar)
+    foreign = {"Origin": f"https://evil.example:{proxy.port}"}
+    for path in "/login", "/ws", "/login":
+        method = "GET" if path == "/ws" else "POST"
+        async with people[0].at(proxy).request(method, path, headers=foreign) as answer:
+            assert answer.status == 403
+    for process in one, other:
+        _, _, errors = await asyncio.to_thread(process.stop, signal.SIGTERM)
+        line = (
+            f"Origin '{foreign['Origin']}' is not '{proxy.url}'; see the setting ORIGIN"
+        )
+        assert errors.count(line) == len(errors.splitlines()) == 1
+
+
+async def test_restart_of_one_process_after_another_loses_nothing_behind_a_proxy(
+    place, proxy
+):
+    """Who is cut off is connected again at once, through the other process."""
+    processes = await proxy.start(place)
+    async with contextlib.AsyncExitStack() as stack:
+        people = [
+            await stack.enter_async_context(Talker(name, proxy))
+            for name in ("ann", "bob", "eve", "zoe")
+        ]
+        await asyncio.gather(*(talker.has_gone_on() for talker in people))
+        assert [talker.connections for talker in people] == [1] * 4
+        for index, port in enumerate(proxy.ports):
+            await asyncio.to_thread(processes[index].stop, signal.SIGTERM)
+            await asyncio.gather(*(talker.has_gone_on() for talker in people))
+            settings = {"PORT": str(port), "ORIGIN": proxy.url}
+            [processes[index]] = await place.start(settings)
+        await asyncio.gather(*(talker.has_gone_on() for talker in people))
+        assert [talker.gone for talker in people] == [[]] * 4
+        await assert_nothing_is_lost(place, *people)
+
+
+async def test_page_behind_a_proxy_is_connected_again_through_the_other_process(
+    place, proxy, browser
+):
+    """HTTP/2 in a real browser; the page says "connecting" and never "offline"."""
+    processes = await proxy.start(place)
+    async with await browser.new_context(ignore_https_errors=True) as context:
+        page = await context.new_page()
+        await page.goto(f"{proxy.url}/signin")
+        assert await page.evaluate(PROTOCOL) == "h2"
+        for name, value in form("ann").items():
+            await page.fill(f"[name={name}]", value)
+        await page.click("main button")
+        await page.wait_for_selector("[data-status=online]")
+        await page.evaluate(OBSERVE)
+        for index, port in enumerate(proxy.ports):
+            await asyncio.to_thread(processes[index].stop, signal.SIGTERM)
+            await page.fill("#text", f"text {index}")
+            await page.press("#text", "Enter")
+            await page.wait_for_selector(f"[data-id='{index + 1}']:not(.pending)")
+            settings = {"PORT": str(port), "ORIGIN": proxy.url}
+            [processes[index]] = await place.start(settings)
+        said = await page.evaluate("said")
+        assert said in (["connecting", "online"], 2 * ["connecting", "online"])
+        assert await page.locator("#messages p").all_inner_texts() == [
+            "text 0",
+            "text 1",
+        ]
+
+
+PROTOCOL = "performance.getEntriesByType('navigation')[0].nextHopProtocol"
+# Note what the page says of its connection from now on.
+OBSERVE = """() => {
+  const status = document.querySelector("#status");
+  window.said = [];
+  new MutationObserver(() => window.said.push(status.dataset.status))
+    .observe(status, { attributeFilter: ["data-status"] });
+}"""
+
+
+async def test_chat_in_a_container_is_heard_at_once_and_stops_at_sigterm():
+    """As process 1, which no signal ends by default; its output is a pipe."""
+    need(can_unshare(), "no new PID namespace: needs Linux's unshare, and root")
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable]
+    environment = clean_environment() | {"HOST": "0.0.0.0", "PORT": "0"}
+    environment.pop("PYTHONUNBUFFERED", None)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with running(*command, HERE / "chat.py", env=environment, **pipes) as container:
+        said = ""
+        while "From other machines: http://" not in said:
+            line = asyncio.to_thread(container.stdout.readline)
+            said += await asyncio.wait_for(line, 20) or pytest.fail(said)
+        os.kill(child_of(container.pid), signal.SIGTERM)
+        assert await asyncio.to_thread(container.wait, 20) == 0
+        assert container.stderr.read() == ""
+
+
+def can_unshare():
+    command = ["unshare", "--pid", "--fork", "true"]
+    return shutil.which("unshare") and subprocess.run(command).returncode == 0
+
+
+def child_of(process_id):
+    [child] = Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()
+    return int(child)
+
+
+async def test_chats_on_one_host_name_leave_each_others_sessions_alone(start, person):
+    """Cookies know no port: a second chat, and a dozen other applications."""
+    one, other = start().wait_until_ready(), start().wait_until_ready()
+    ann, size = person("ann"), 700
+    foreign = {f"application-{n}": size * "x" for n in range(12)}
+    ann.jar.update_cookies(foreign, URL(one.url))
+    await (await ann.sign_up(one)).sign_up(other)
+    for process in one, other:
+        assert (await ann.get(process))[0] == 200
+        assert await (await ann.open(process)).say("hello") == 1
