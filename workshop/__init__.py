@@ -9,11 +9,11 @@ Each name is loaded when you first ask for it, so that the tests can import
 import importlib
 
 HOMES = {
-    "sources": "difference fold head screen section show show_script",
+    "sources": "difference fold screen section show show_script",
     "copies": "edit",
     "people": "Person quiet",
     "wire": "Wire",
-    "servers": "Process Server frame serve serving stop",
+    "servers": "Process Server look serve serving stop two_processes",
     "tiny": "little page play stall stop_playing",
     "room": "close_room open_room",
     "mongodb": "NO_MONGODB find_mongod replica_set",

@@ -6,7 +6,7 @@ from IPython.display import HTML, display
 
 import chat
 from workshop.mongodb import is_free
-from workshop.servers import Server, frame, own_address, serving
+from workshop.servers import Server, look, own_address, serving
 
 opened = contextlib.AsyncExitStack()
 memory = chat.AsyncMongoMockClient(tz_aware=True)  # outlives a cell that is run again
@@ -55,7 +55,7 @@ async def open_room(host: str = "127.0.0.1", port: int = 8080) -> Room:
         display(HTML(f'<p>Type this address:</p><p style="{big}">{address}</p>'))
     else:
         print("Only this machine can reach this chat.")
-    frame(server)
+    look(server)
     return Room(server)
 
 

@@ -14,10 +14,13 @@ from unittest.mock import patch
 
 import aiohttp
 from aiohttp import web
+from bson import ObjectId
 from IPython.display import HTML, display
+from pymongo import AsyncMongoClient
 
 import chat
 from workshop.copies import NOT_ATTEMPTED
+from workshop.mongodb import NO_MONGODB, replica_set
 from workshop.people import PASSWORD, Person
 
 FIELDS = chat.Settings.model_fields
@@ -25,7 +28,7 @@ DEFAULTS = {name: field.default for name, field in FIELDS.items()}
 # Cookies know no ports: a cookie of another chat on this host is no news.
 logging.getLogger("aiohttp_session").addHandler(logging.NullHandler())
 # One key for all servers of a notebook; and running a cell ten times is no attack.
-PEOPLE = "ann", "bob", "eve", "mallory"
+PEOPLE = "ann", "bob", "eve", "mallory", "robot"
 REPEATABLE = {"SECRET_KEY": secrets.token_hex(), "LOGIN_ATTEMPTS": 1_000_000}
 
 
@@ -204,7 +207,7 @@ async def stop() -> None:
         await server.stop()
 
 
-def frame(server, *paths: str, height: int = 480) -> None:
+def look(server, *paths: str, height: int = 480) -> None:
     """Show pages of the chat in the notebook, side by side, and a link to the first.
 
     The frame takes the notebook's own host name: for a browser, 127.0.0.1 and localhost
@@ -265,7 +268,7 @@ class Process:
     def __init__(self, **settings) -> None:
         defaults = {name: str(value) for name, value in DEFAULTS.items()}
         self.environment = os.environ | defaults | {"PORT": "0"} | settings
-        self.output, self.port = "", 0
+        self.output, self.port, self.people = "", 0, []
 
     async def __aenter__(self) -> "Process":
         await asyncio.to_thread(self.start)
@@ -291,6 +294,11 @@ class Process:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    async def join(self, name: str) -> Person:
+        """Return a person who has signed up, or in, and opened a WebSocket."""
+        self.people.append(Person(self.url, name))
+        return await self.people[-1].__aenter__()
+
     async def end(self) -> tuple[int, str]:
         """Stop it as a host would; return its exit code and all that it has said."""
         self.process.terminate()
@@ -303,5 +311,25 @@ class Process:
         await asyncio.to_thread(self.process.wait)
 
     async def __aexit__(self, *error) -> None:
+        for person in self.people:
+            await person.close()
         await self.kill()
         self.process.stdout.close()
+
+
+@contextlib.asynccontextmanager
+async def two_processes():
+    """Start two processes on one MongoDB; where there is none, say so and give None."""
+    async with contextlib.AsyncExitStack() as stack:
+        uri = await stack.enter_async_context(replica_set())
+        if not uri:
+            print(NO_MONGODB)
+            yield None, None
+            return
+        name = f"tutorial-{ObjectId()}"
+        settings = {"MONGO_HOST": uri, "MONGO_DB_NAME": name, "SECRET_KEY": "shared"}
+        client = await stack.enter_async_context(AsyncMongoClient(uri))
+        stack.push_async_callback(client.drop_database, name)
+        processes = [Process(**settings), Process(**settings)]
+        both = map(stack.enter_async_context, processes)
+        yield await asyncio.gather(*both)

@@ -64,8 +64,11 @@ class head:
 
 
 def section(number: int, seen=None) -> None:
-    """Show one definition of a section of chat.py, and fold everything else in it."""
-    cut = where(seen) if seen else range(0)
+    """Show one definition of a section of chat.py, and fold everything else in it.
+
+    Of a class show the beginning, up to its first method.
+    """
+    cut = where(head(seen) if inspect.isclass(seen) else seen) if seen else range(0)
     if seen:
         display(Markdown(f"{title(cut)}\n{code(cut)}"))
     folds = [

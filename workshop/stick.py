@@ -15,11 +15,12 @@ from pathlib import Path
 REQUIREMENTS = Path(__file__).parent.with_name("requirements.txt")
 VERSIONS = "3.11", "3.12", "3.13"
 # pip finds another system's files, but it answers conditions like `os_name == "nt"` for
-# this machine. So what only one system needs is named here.
+# this machine. So what only one system, or only Python 3.11, needs is named here.
+OLDER = ["overrides"]
 SYSTEMS = {
     "windows": (["win_amd64"], ["colorama", "pywin32", "pywinpty", "tzdata"]),
-    "mac": (["macosx_14_0_arm64"], ["appnope"]),
-    "mac-intel": (["macosx_14_0_x86_64"], ["appnope"]),
+    "mac": (["macosx_12_0_arm64"], ["appnope"]),
+    "mac-intel": (["macosx_12_0_x86_64"], ["appnope"]),
     "linux": (["manylinux_2_28_x86_64", "manylinux2014_x86_64"], ["pexpect"]),
     "linux-arm": (["manylinux_2_28_aarch64", "manylinux2014_aarch64"], ["pexpect"]),
 }
@@ -32,7 +33,7 @@ def fill(folder: str, system: str, version: str) -> None:
     command += ["--only-binary", ":all:", "--python-version", version]
     for platform in platforms:
         command += ["--platform", platform]
-    subprocess.run([*command, "-r", str(REQUIREMENTS), *more], check=True)
+    subprocess.run([*command, "-r", str(REQUIREMENTS), *OLDER, *more], check=True)
     size = sum(file.stat().st_size for file in Path(folder).iterdir()) >> 20
     print(f"{system} {version}: done; {size} MiB in {folder}", flush=True)
 
