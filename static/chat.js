@@ -55,31 +55,37 @@ function sendAgain() {
 // --- The server tells ---
 function handle(event) {
   switch (event.type) {
-    case "receipt":
-      return handleReceipt(event);
-    case "message":
-      return handleMessage(event);
-    case "error":
-      return handleError(event);
-    case "welcome":
-      return handleWelcome(event);
-    case "joined":
-      log.enter(event.user);
-      return show(event);
-    case "left":
-      log.leave(event.user);
-      return show(event);
-    case "heartbeat":
-      return compare(event.last);
-    default:
-      throw new Error(`unknown event ${event.type}`);
+    case "welcome": return handleWelcome(event);
+    case "receipt": return handleReceipt(event);
+    case "message": return handleMessage(event);
+    case "error": return handleError(event);
+    case "joined": return handlePerson(event, log.enter);
+    case "left": return handlePerson(event, log.leave);
+    case "heartbeat": return compare(event.last);
+    default: throw new Error(`unknown event ${event.type}`);
   }
+}
+
+function handleWelcome(event) {
+  log.flush();
+  if (event.user !== user) return becomeOther(event.user);
+  log.showOnline(event.online);
+  showStatus("online");
+  explain("");
+  compare(event.last);
+  if (stale) leaveSoon();
+  return sendNext();
 }
 
 // Before `welcome` only collect: all that was missed is shown in one layout.
 function show(event) {
   log.show(event);
   if (connection.live) log.flushSoon();
+}
+
+function handlePerson(event, move) {
+  move(event.user);
+  show(event);
 }
 
 // It is stored, so the next one may go. It stays grey until its message comes. That may
@@ -118,17 +124,6 @@ function refuse(nonce) {
   if (message) box.value = [message.text, box.value].filter(Boolean).join("\n");
   outbox.keep(box.value);
   sendAgain();
-}
-
-function handleWelcome(event) {
-  log.flush();
-  if (event.user !== user) return becomeOther(event.user);
-  log.showOnline(event.online);
-  showStatus("online");
-  explain("");
-  compare(event.last);
-  if (stale) leaveSoon();
-  return sendNext();
 }
 
 // A process may be behind for a while, so act on the third disagreement in a row only.
@@ -250,7 +245,7 @@ window.addEventListener("beforeunload", (event) => {
 for (const item of document.querySelectorAll("#messages .own")) outbox.remove(item.dataset.nonce);
 log.start();
 outbox.pending.forEach(log.showPending);
-box.value = outbox.draft;
+box.value = outbox.draft || box.value;
 if (window.self === window.top) box.focus(); // in a frame: the notebook keeps its keyboard
 tabs.postMessage(user);
 connection.connect();

@@ -102,11 +102,11 @@ function headDays() {
   messages.querySelectorAll("[data-id]").forEach(headDay);
 }
 
-// Screen readers don't speak a busy region.
+// Screen readers don't speak a busy region. End with a timer: a hidden page has no frames.
 async function quietly(change) {
   log.ariaBusy = "true";
   await change();
-  requestAnimationFrame(() => { log.ariaBusy = "false"; });
+  setTimeout(() => { log.ariaBusy = "false"; }, 100);
 }
 
 // --- Adding to the end, once per frame ---
@@ -181,10 +181,12 @@ function tellPeople(line) {
   line.textContent = parts.join(" · ");
 }
 
-// The line with the day stays at the top: what stands below it goes first.
+// Now and then, since all that remains moves then. The line with the day stays at the top:
+// what stands below it goes first.
 function trim() {
   if (!following || log.ariaBusy === "true") return;
   let surplus = messages.children.length - pending.size - SHOWN;
+  if (surplus < SHOWN / 6) return;
   for (; surplus > 0; surplus--) {
     const [top, next] = messages.children;
     (top.matches(".day") && !next.matches(".day") ? next : top).remove();
@@ -297,7 +299,7 @@ function prepend(items) {
 }
 
 // --- Who is online: one name in or out moves one item ---
-const { compare } = new Intl.Collator();
+const { compare } = new Intl.Collator("en");
 let names = []; // sorted, as they are shown
 
 export function showOnline(online) {
