@@ -679,7 +679,7 @@ async def test_signing_out_takes_the_other_tabs_to_the_sign_in(room, open_page):
 
 async def test_a_deleted_account_finds_itself_at_the_sign_in(room, open_page):
     ann, sockets = await open_page(room.url, "ann"), []
-    ann.on("websocket", sockets.append)
+    ann.on("websocket", lambda socket: sockets.append(socket))
     await chat.User(room.db).delete(room.user_id("ann"))
     await ann.wait_for_url("**/login?why=ended")
     assert sockets == []  # it need not try again to find out
@@ -953,12 +953,13 @@ async def test_scrolling_back_and_coming_back_to_the_end(room, open_page):
     await shown(ann, "text 321")
     assert abs(await ann.evaluate(top) - before) <= 1
     for first in 271, 221, 171, 121, 71, 21, 1:
+        await ann.wait_for_selector("#log[aria-busy=false]")
         await ann.click("#older")
         await shown(ann, f"text {first}")
     assert await ann.evaluate(TEXTS) == [f"text {n}" for n in range(1, 421)]
     assert not await ann.is_visible("#older")
     assert await ann.locator(".day").count() == 1
-    assert await ann.get_attribute("#log", "aria-busy") == "false"
+    await ann.wait_for_selector("#log[aria-busy=false]")
     await ann.evaluate("log.scrollTop = log.scrollHeight")
     await room.post("text 421")
     await shown(ann, "text 421")
