@@ -971,16 +971,35 @@ async def test_scrolling_back_and_coming_back_to_the_end(room, open_page):
     assert await ann.evaluate(TEXTS) == [f"text {n}" for n in range(first - 50, 422)]
 
 
+async def test_older_messages_that_are_not_kept_are_a_sentence(room, open_page):
+    """In memory the chat keeps about a thousand: the page knows of more."""
+    await room.post_many(60)
+    ann = await open_page(room.url, "ann")
+    await room.db.messages.delete_many({})
+    await ann.click("#older")
+    await ann.locator("#older-note", has_text="not kept").wait_for()
+    assert not await ann.is_visible("#older")
+    assert await ann.evaluate("document.activeElement.id") == "log"
+
+
+async def test_signing_out_that_does_not_work_is_a_sentence(room, open_page):
+    ann = await open_page(room.url, "ann")
+    await ann.route("**/signout", lambda route: route.abort())
+    await ann.click("#signout button")
+    await ann.locator("#reason", has_text="still signed in").wait_for()
+
+
 async def test_older_messages_that_do_not_come_are_a_sentence(room, open_page):
     await room.post_many(60)
     ann = await open_page(room.url, "ann")
     await ann.route("**/?before=*", lambda route: route.abort())
     await ann.click("#older")
-    await ann.locator("#older-problem", has_text="did not come").wait_for()
+    await ann.locator("#older-note", has_text="did not come").wait_for()
     await ann.unroute("**/?before=*")
+    await ann.wait_for_selector("#log[aria-busy=false]")
     await ann.click("#older")
     await shown(ann, "text 1")
-    assert await ann.inner_text("#older-problem") == ""
+    assert await ann.inner_text("#older-note") == ""
 
 
 # --- What people expect ---
@@ -1008,14 +1027,18 @@ async def test_a_reader_who_scrolled_up_is_told_of_new_messages(room, open_page)
 
 async def test_a_removed_message_says_so(room, open_page):
     """An operator blanks it: on an open page, in the history, and for a newcomer."""
-    for text in "fine", "to be removed":
+    for text in "fine", "to be removed", "tall\n" * 30:
         await room.post(text)
     ann = await open_page(room.url, "ann")
-    await chat.Message(room.db).blank(2)
-    await shown(ann, "This message was removed.")
+    for number in 2, 3:
+        await chat.Message(room.db).blank(number)
+    removed = "This message was removed."
+    await wait(ann, "document.querySelectorAll('.removed').length === 2")
+    assert await ann.evaluate(TEXTS) == ["fine", removed, removed]
+    assert await ann.locator(".folded, #messages button").count() == 0
     await ann.reload()
-    assert await ann.evaluate(TEXTS) == ["fine", "This message was removed."]
-    assert await ann.locator(".removed").count() == 1
+    assert await ann.evaluate(TEXTS) == ["fine", removed, removed]
+    assert await ann.locator(".removed").count() == 2
 
 
 async def test_a_long_text_is_folded_until_somebody_wants_it(room, open_page):

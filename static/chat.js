@@ -183,7 +183,7 @@ async function signOut(event) {
   const options = { method: "POST", redirect: "manual", signal };
   const answer = await fetch(event.target.action, options).catch(() => null);
   if (answer?.type !== "opaqueredirect") {
-    return explain("The server does not answer. You are still signed in.");
+    return explain("Signing out did not work. You are still signed in.");
   }
   tabs.postMessage(""); // now, not before: the sign-in sends back whoever has a session
   return leave("/login");

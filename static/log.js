@@ -43,6 +43,7 @@ function setText(item, text) {
   if (p.textContent === shown) return;
   p.replaceChildren(...link(shown));
   item.classList.toggle("removed", !text);
+  unfold(item);
 }
 
 // Web addresses become links. chat.py has the same expression, for pages without script.
@@ -201,13 +202,15 @@ function fold(items) {
     p.scrollHeight > (TALL + 0.5) * parseFloat(getComputedStyle(p).lineHeight));
   for (const item of tall) {
     const button = make("button", "Show all", { type: "button", className: "quiet" });
-    button.onclick = () => {
-      item.classList.remove("folded");
-      button.remove();
-    };
+    button.onclick = () => unfold(item);
     item.classList.add("folded");
     item.append(button);
   }
+}
+
+function unfold(item) {
+  item.classList.remove("folded");
+  item.querySelector("button")?.remove();
 }
 
 // --- What you sent, until it has its number ---
@@ -268,9 +271,9 @@ function showOlder(click) {
   click.preventDefault();
   if (log.ariaBusy === "true") return;
   following = false;
-  find("older-problem").textContent = "";
+  find("older-note").textContent = "";
   quietly(() => loadOlder().catch(() => {
-    find("older-problem").textContent = "The older messages did not come. Try again in a moment.";
+    find("older-note").textContent = "The older messages did not come. Try again in a moment.";
   }));
 }
 
@@ -293,8 +296,11 @@ function prepend(items) {
   fold(items);
   log.scrollTop += anchor.getBoundingClientRect().top - before;
   offerOlder();
-  if (!items.length) older.parentElement.textContent = "Older messages are not kept.";
-  if (!older.offsetParent) log.focus(); // the link is gone, and the focus with it
+  if (!items.length) {
+    older.parentElement.hidden = true;
+    find("older-note").textContent = "Older messages are not kept.";
+  }
+  if (older.parentElement.hidden) log.focus(); // or the focus would be lost with the link
   following = isAtEnd();
 }
 
@@ -329,7 +335,10 @@ const makeName = (name) => make("li", name, { translate: false });
 // --- Wiring ---
 export function start() {
   older.addEventListener("click", showOlder);
-  find("new").addEventListener("click", scrollToEnd);
+  find("new").addEventListener("click", () => {
+    scrollToEnd();
+    find("text").focus(); // the button is gone, so the focus would be lost
+  });
   log.addEventListener("scroll", () => {
     following = isAtEnd();
     if (following) showUnseen(0);
