@@ -1478,12 +1478,13 @@ async def run_room(app: web.Application) -> AsyncIterator[None]:
         task.add_done_callback(functools.partial(report, app))
     try:
         await with_deadline(follower.caught_up.wait())
+        yield
     except TimeoutError:
         raise CannotStart("The database does not let us follow its changes.") from None
-    yield
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     try:
         await follower.presence.remove(follower.process)
     except DATABASE_ERRORS as error:
@@ -1565,8 +1566,10 @@ def make_storage(settings: Settings) -> EncryptedCookieStorage:
     options = {"max_age": 14 * 24 * 60 * 60}  # seconds
     if not settings.MONGO_HOST:
         options = {"cookie_name": f"CHAT_{settings.PORT or secrets.token_hex(4)}"}
+    # An environment may hold bytes that are no UTF-8: they come as surrogates.
+    key = settings.SECRET_KEY.encode(errors="surrogateescape") or secrets.token_bytes()
     return EncryptedCookieStorage(
-        hashlib.sha256(settings.SECRET_KEY.encode() or secrets.token_bytes()).digest(),
+        hashlib.sha256(key).digest(),
         httponly=True,
         samesite="Lax",
         secure=settings.ORIGIN.startswith("https:"),
