@@ -199,13 +199,17 @@ async def server(serve, settings):
 
 
 class Process:
-    """`python chat.py`, as a user starts it."""
+    """`python chat.py`, as a user starts it, or another script that runs the chat.
 
-    def __init__(self, **environment):
+    Its output goes through a pipe: unless each line leaves at once, nothing starts.
+    """
+
+    def __init__(self, script=HERE / "chat.py", **environment):
         environment = {"PORT": "0", "PYTHONWARNINGS": WARNINGS} | environment
+        environment |= {"PYTHONPATH": environment.get("PYTHONPATH", str(HERE))}
         self.lines = []
         self.process = subprocess.Popen(
-            [sys.executable, "-u", HERE / "chat.py"],
+            [sys.executable, script],
             env=clean_environment() | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -237,7 +241,7 @@ class Process:
 
 
 def clean_environment():
-    names = chat.Settings.model_fields
+    names = {*chat.Settings.model_fields, "PYTHONUNBUFFERED"}
     return {key: value for key, value in os.environ.items() if key not in names}
 
 
@@ -246,8 +250,8 @@ def start():
     """A function that starts the chat as a process; all are killed at the end."""
     processes = []
 
-    def start(**environment):
-        processes.append(Process(**environment))
+    def start(*script, **environment):
+        processes.append(Process(*script, **environment))
         return processes[-1]
 
     yield start

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from html import unescape
 from pathlib import Path
 from urllib.parse import urlencode
@@ -27,7 +28,7 @@ from urllib.parse import urlencode
 import aiohttp
 import pymongo
 import pytest
-from aiohttp.test_utils import TestClient, unused_port
+from aiohttp.test_utils import TestClient, TestServer, unused_port
 from bson import DatetimeMS, Decimal128, Int64, ObjectId
 from cryptography.fernet import Fernet
 
@@ -123,10 +124,14 @@ def test_wrong_setting_is_one_line_with_its_name(monkeypatch, capsys, assignment
 
 def test_all_wrong_settings_are_told_at_once_and_none_with_a_password(start):
     wrong = dict(assignment.split("=", 1) for assignment in WRONG)
-    code, output, errors = start(**wrong, SECRET_KEY="s3cret").end()
+    code, output, errors = start(**wrong).end()
     told = [re.match("chat: ([A-Z_]+): ", line)[1] for line in errors.splitlines()]
-    assert (code, output, set(told)) == (2, "", wrong.keys() - {"MONGO_HOST"})
-    assert len(told) == len(set(told)) and "s3cret" not in errors
+    assert (code, output, set(told)) == (
+        2,
+        "",
+        {*wrong} - {"MONGO_HOST"} | {"SECRET_KEY"},
+    )
+    assert "s3cret" not in errors
 
 
 def test_env_file_that_is_no_text_is_one_clear_line(monkeypatch, capsys, tmp_path):
@@ -151,6 +156,11 @@ def test_env_file_that_is_no_text_is_one_clear_line(monkeypatch, capsys, tmp_pat
 def test_origin_is_kept_as_browsers_send_it(typed, sent):
     settings = chat.Settings(ORIGIN=typed)
     assert sent == settings.ORIGIN
+
+
+async def test_secret_key_may_be_any_text_that_an_environment_can_hold(serve):
+    for key in "x", "ключ", "\udcff", " ":
+        await sign_in(await serve(chat.Settings(SECRET_KEY=key)))
 
 
 def test_inline_metadata_says_what_requirements_say():
@@ -762,6 +772,17 @@ async def test_conflict_between_indexes_is_reported_as_that(mongodb):
         await chat.open_database(settings)
 
 
+async def test_broken_stream_opens_again_in_memory(serve):
+    """With people who have no email, too: they are no duplicates of each other."""
+    server = await serve(chat.Settings())
+    sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
+    for _ in range(2):
+        outage = chat.StreamBroken("as in an outage")
+        server.app[chat.DATABASE].queue.put_nowait(outage)
+        await say(sockets[0], "still here")
+        assert (await read(sockets[1], "message"))["text"] == "still here"
+
+
 # ==============================================================================
 # 4. Views
 # ==============================================================================
@@ -1187,8 +1208,48 @@ async def test_session_of_a_user_who_is_gone_leads_to_login(server):
 async def test_session_is_encrypted_and_out_of_reach_of_scripts(serve):
     server = await serve(chat.Settings(ORIGIN="https://chat.example"))
     name, value, attributes = await session_cookie(server)
-    assert {"HttpOnly", "SameSite=Lax", "Secure"} <= attributes
-    assert "ann" not in value
+    assert attributes == {"HttpOnly", "SameSite=Lax", "Secure", "Path=/"}
+    assert "ann" not in value and name == "CHAT_8080"
+
+
+async def test_session_in_memory_ends_with_the_browser_and_is_named_by_the_port(serve):
+    """Cookies know no port: several chats on one localhost would share one."""
+    name, _, attributes = await session_cookie(await serve(chat.Settings(PORT=8081)))
+    assert name == "CHAT_8081"
+    assert attributes == {"HttpOnly", "SameSite=Lax", "Path=/"}
+    names = {
+        (await session_cookie(await serve(chat.Settings(PORT=0))))[0] for _ in "12"
+    }
+    assert len(names) == 2
+
+
+async def test_session_on_mongodb_lasts_two_weeks_on_every_process(serve, mongodb):
+    name, _, attributes = await session_cookie(await serve(on(mongodb)))
+    assert name == "AIOHTTP_SESSION" and "Max-Age=1209600" in attributes
+
+
+async def test_two_chats_on_one_host_leave_each_others_sessions_alone(serve):
+    urls = [
+        str((await serve(chat.Settings(PORT=port))).make_url("")) for port in (1, 2)
+    ]
+    jar = aiohttp.CookieJar(unsafe=True)
+    async with aiohttp.ClientSession(cookie_jar=jar) as browser:
+        for url in urls:
+            async with browser.post(url + "/signin", data=form("ann")) as response:
+                assert response.url.path == "/"
+        for url in urls:
+            async with browser.get(url + "/") as response:
+                assert response.url.path == "/"
+
+
+async def test_cookies_of_a_dozen_other_applications_are_no_obstacle(serve):
+    server = await serve(chat.Settings())
+    ann = await sign_in(server)
+    (cookie,) = ann.session.cookie_jar
+    others = [f"other{number}={5_000 * 'x'}" for number in range(12)]
+    cookies = "; ".join([*others, f"{cookie.key}={cookie.value}"])
+    head = await raw_request(server, b"GET /", b"Cookie: " + cookies.encode())
+    assert head.startswith(b"HTTP/1.1 200")
 
 
 async def session_cookie(server):
@@ -2185,6 +2246,111 @@ def test_chat_starts_with_nothing_set_and_stops_without_a_word(start, number):
     assert re.search(r"http://127\.0\.0\.1:\d+", output)
 
 
+def test_task_that_fails_is_logged_and_ends_the_process(start, tmp_path):
+    """A host starts it again; a room that has fallen silent would stay so."""
+    script = tmp_path / "broken.py"
+    fault = "chat.HEARTBEAT, chat.Room.broadcast = 1, None"
+    script.write_text(f"import chat\n{fault}\nchat.main()\n")
+    code, output, errors = start(script).end()
+    assert code == 1 and "CTRL+C" in output
+    assert errors.count("A task ended by an error.") == 1
+    assert "in keep_alive" in errors and "TypeError" in errors
+
+
+@pytest.mark.parametrize("name", ["follow", "keep_presence", "keep_alive"])
+async def test_every_background_task_is_watched(serve, monkeypatch, caplog, name):
+    async def fail(*_):
+        raise KeyError("a fault of ours")
+
+    server, codes = await serve(chat.Settings()), []
+    place = chat if name == "keep_alive" else chat.Follower
+    monkeypatch.setattr(place, name, fail)
+    app = chat.init_app(chat.Settings())
+    app[chat.STOP] = codes.append
+    if name == "follow":
+        monkeypatch.setattr(chat, "DEADLINE", 0.1)
+    with contextlib.suppress(chat.CannotStart):
+        async with TestServer(app):
+            await until(lambda: codes)
+    assert codes == [1] and "KeyError: 'a fault of ours'" in caplog.text
+    assert not server.closed
+
+
+async def test_database_that_cannot_be_followed_ends_the_start(
+    serve, mongodb, monkeypatch
+):
+    """As for a user who may read and write, and not watch."""
+    monkeypatch.setattr(chat, "PIPELINE", [{"$match": {"$nonsense": 1}}])
+    monkeypatch.setattr(chat, "DEADLINE", 2)
+    before = asyncio.all_tasks()
+    with pytest.raises(chat.CannotStart, match="follow its changes"):
+        await serve(on(mongodb))
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
+
+
+def test_chat_raises_its_limit_of_open_files(tmp_path):
+    code = (
+        "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (64, 2_000)); import chat;"
+    )
+    code += "chat.raise_descriptor_limit(); print(r.getrlimit(r.RLIMIT_NOFILE))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True)
+    assert done.stdout == "(2000, 2000)\n"
+
+
+def test_connections_beyond_the_limit_of_open_files_are_one_line(start, tmp_path):
+    script = tmp_path / "limited.py"
+    limit = "import resource as r\nr.setrlimit(r.RLIMIT_NOFILE, (64, 64))\n"
+    script.write_text(limit + "import chat\nchat.main()\n")
+    process = start(script).wait_until_ready()
+    address = "127.0.0.1", process.port
+    with contextlib.ExitStack() as crowd:
+        for _ in range(100):
+            crowd.enter_context(socket.create_connection(address))
+        time.sleep(1)
+    with urllib.request.urlopen(process.url + "/login", timeout=10) as response:
+        assert response.status == 200
+    code, _, errors = process.stop()
+    assert (code, errors.count("\n")) == (0, 1), errors[:2_000]
+    assert "out of system resource" in errors
+
+
+def test_chat_for_a_whole_room_prints_the_address_that_others_can_type(start):
+    process = start(HOST="0.0.0.0").wait_until_ready()
+    process.lines.append(process.process.stdout.readline())
+    url = re.search(r"From other machines: (http://(\S+):\d+)\n", process.lines[-1])
+    assert url[2] != "0.0.0.0"
+    with urllib.request.urlopen(url[1] + "/login") as response:
+        assert response.status == 200
+    assert process.stop()[::2] == (0, "")
+
+
+def test_machine_without_a_network_prints_its_name(monkeypatch, capsys):
+    class NoNetwork(socket.socket):
+        def connect(self, address):
+            raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "socket", NoNetwork)
+    chat.print_addresses("Running on http://0.0.0.0:8080")
+    assert f"http://{socket.gethostname()}:8080" in capsys.readouterr().out
+    chat.print_addresses("Running on http://127.0.0.1:8080")
+    assert "other machines" not in capsys.readouterr().out
+
+
+async def test_debug_log_has_no_password_hash_and_no_email(start, mongodb):
+    environment = {"MONGO_HOST": mongodb, "MONGO_DB_NAME": f"test-{ObjectId()}"}
+    environment |= {"SECRET_KEY": "x", "DEBUG": "true", "PYTHONWARNINGS": "default"}
+    process = start(**environment).wait_until_ready()
+    async with aiohttp.ClientSession(process.url) as visitor:
+        data = form("ann", email="ann@example.org")
+        for path in "/signin", "/signin", "/login":
+            await visitor.post(path, data=data)
+    code, _, errors = await asyncio.to_thread(process.stop)
+    assert code == 0 and "POST /signin" in errors
+    assert "argon2" not in errors and "ann@" not in errors and PASSWORD not in errors
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_uvloop_is_taken_where_it_is_installed(start, tmp_path, installed):
     """A module of this name stands in for it, or for its absence."""
@@ -2196,10 +2362,8 @@ def test_uvloop_is_taken_where_it_is_installed(start, tmp_path, installed):
     assert (code, errors, "uvloop" in output) == (0, "", installed)
 
 
-def test_debug_shows_every_request(start, tmp_path):
+def test_debug_shows_every_request(start):
     process = start(DEBUG="true", PYTHONWARNINGS="default").wait_until_ready()
-    import urllib.request
-
     with urllib.request.urlopen(process.url + "/login") as response:
         assert response.status == 200
     code, _, errors = process.stop()
