@@ -1,5 +1,6 @@
 """Break a copy, never the original."""
 
+import atexit
 import importlib.util
 import inspect
 import itertools
@@ -14,6 +15,7 @@ import chat
 from workshop.sources import difference
 
 COPIES = tempfile.TemporaryDirectory(prefix="chat-")
+atexit.register(COPIES.cleanup)
 FILES = "chat.py", "templates", "static"
 GAP = "…"  # what a learner has to replace
 numbers = itertools.count(1)

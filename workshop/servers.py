@@ -239,13 +239,16 @@ def frames(server, paths, height: int) -> str:
     far = "false" if server.host == "0.0.0.0" else "true"
     return f"""<div id="{name}" style="display:flex;gap:8px">{inner}</div><script>{{
 const place = document.getElementById("{name}");
-const host = location.hostname || "localhost";
+const host = location.protocol == "http:" ? location.hostname : "localhost";
 const here = /^(localhost|127[.][0-9.]+|.*[.]localhost)$/.test(host);
-if (here || !{far} && /^[0-9.]+$/.test(host))
+if (location.protocol == "https:")
+  place.textContent = "No frame: your browser can't reach the machine that runs this.";
+else if (here || !{far} && /^[0-9.]+$/.test(host))
   for (const frame of place.children)
     frame.src = `http://${{host}}:{server.port}${{frame.dataset.path}}`;
-else place.textContent = "You opened this notebook at " + host +
-  '. A frame there needs host="0.0.0.0" in the call that serves the chat.';
+else
+  place.textContent = "You opened this notebook at " + host +
+    '. A frame there needs host="0.0.0.0" in the call that serves the chat.';
 }}</script>"""
 
 

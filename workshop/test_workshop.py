@@ -17,6 +17,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import unused_port
 
 from conftest import (
@@ -31,7 +32,7 @@ from conftest import (
 )
 from workshop import scenarios
 from workshop.mongodb import find_mongod
-from workshop.servers import serving
+from workshop.servers import frames, own_address, serving
 from workshop.tiny import little, step
 
 
@@ -420,6 +421,56 @@ async def test_people_talk_in_frames_of_the_notebook(jupyter):
     await echo.get_by_label("Message").fill("Hello?")
     await echo.get_by_role("button", name="Send").click()
     await echo.locator("li:not(.waiting)", has_text="Hello?").wait_for()
+
+
+PLACES = {"localhost": "localhost", "127.0.0.1": "127.0.0.1", "network": own_address()}
+
+
+async def show_frames(stack, server, *paths):
+    """Serve a page with frames, as a notebook on another port; return its port."""
+
+    async def notebook(request):
+        return web.Response(text=frames(server, paths, 400), content_type="text/html")
+
+    app = web.Application()
+    app.router.add_get("/", notebook)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.TCPSite(runner, "0.0.0.0", 0).start()
+    return runner.addresses[0][1]
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_two_frames_work_wherever_the_notebook_is_opened(place, browser):
+    """Sign up in one frame; after a reload the other frame is signed in as well."""
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(serving(host="0.0.0.0"))
+        port = await show_frames(stack, server, "/", "/?")
+        page = await (await browser.new_context()).new_page()
+        await page.goto(f"http://{PLACES[place]}:{port}")
+        one = page.frame_locator("iframe[data-path='/']")
+        two = page.frame_locator("iframe[data-path='/?']")
+        await one.get_by_role("link", name="Create an account").click()
+        await one.get_by_label("Name", exact=True).fill("ann")
+        await one.get_by_label("Password", exact=True).fill(PASSWORD)
+        await one.get_by_label("Password again").fill(PASSWORD)
+        await one.get_by_role("button", name="Create account").click()
+        await one.get_by_text("online", exact=True).wait_for()
+        await page.reload()
+        await one.get_by_label("Message", exact=True).fill("One room.")
+        await one.get_by_role("button", name="Send").click()
+        await two.locator("#messages li", has_text="One room.").wait_for()
+
+
+async def test_frame_says_why_it_cannot_be_shown(browser):
+    """The notebook is opened from another machine, and the chat listens on this one."""
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(serving())
+        port = await show_frames(stack, server, "/")
+        page = await (await browser.new_context()).new_page()
+        await page.goto(f"http://{PLACES['network']}:{port}")
+        await page.get_by_text('needs host="0.0.0.0"').wait_for()
 
 
 # --- The day before ---
