@@ -39,7 +39,7 @@ function submit() {
   sendNext();
 }
 
-// One at a time, so that a message that has to be repeated is not overtaken.
+// Send one at a time: a message that has to be repeated must not be overtaken.
 function sendNext() {
   const [message] = outbox.pending;
   if (!connection.live || inFlight || !message) return;
@@ -88,8 +88,8 @@ function handlePerson(event, move) {
   show(event);
 }
 
-// It is stored, so the next one may go. It stays grey until its message comes. That may
-// have come already, from before a reload: then there is nothing to wait for.
+// The message is stored, so the next one may go. Its item waits for the broadcast. If the
+// broadcast came before, as after a lost receipt, the item goes at once.
 function handleReceipt({ nonce, id }) {
   outbox.remove(nonce);
   if (id <= lastId) log.forget(nonce);
@@ -99,7 +99,7 @@ function handleReceipt({ nonce, id }) {
 }
 
 function handleMessage(event) {
-  if (event.id <= lastId) { // a process behind the others repeats, an operator changes
+  if (event.id <= lastId) { // repeated by a process that is behind, or changed
     if (!log.update(event)) leaveSoon();
     return;
   }
@@ -109,7 +109,7 @@ function handleMessage(event) {
   show(event);
 }
 
-// An error without a nonce is about the one in flight: nothing else was said.
+// An error without a nonce is about the message in flight: the page sent nothing else.
 function handleError({ code, text, nonce = inFlight }) {
   tell("problem", text);
   if (!nonce || nonce !== inFlight) return;
@@ -117,7 +117,8 @@ function handleError({ code, text, nonce = inFlight }) {
   else refuse(nonce);
 }
 
-// Never repeat what was refused, or it blocks what is behind it: back into the box.
+// Don't repeat what the server refuses: it would block the messages behind it. Give it
+// back to the user.
 function refuse(nonce) {
   const message = outbox.remove(nonce);
   log.forget(nonce);
@@ -126,7 +127,7 @@ function refuse(nonce) {
   sendAgain();
 }
 
-// A process may be behind for a while, so act on the third disagreement in a row only.
+// Act on the third disagreement in a row: a process may be behind for a while.
 function compare(last) {
   disagreements = last === lastId ? 0 : disagreements + 1;
   if (disagreements > 2) leaveSoon();
@@ -155,7 +156,7 @@ function explain(sentence) {
   tell("reason", sentence);
 }
 
-function tell(id, text) { // change nothing that is right: a change is spoken
+function tell(id, text) { // a screen reader speaks every change, so avoid empty ones
   if (find(id).textContent !== text) find(id).textContent = text;
 }
 
@@ -165,7 +166,7 @@ function signIn() {
   leaveSoon("/login?why=ended");
 }
 
-// Don't send under another name: what this user typed waits in this user's outbox.
+// Don't send what one user typed under the name of another: it waits in its own outbox.
 function becomeOther(name) {
   stop(`This browser is now signed in as ${name}. The page starts afresh.`);
   leaveSoon("/");
@@ -185,7 +186,7 @@ async function signOut(event) {
   if (answer?.type !== "opaqueredirect") {
     return explain("Signing out did not work. You are still signed in.");
   }
-  tabs.postMessage(""); // now, not before: the sign-in sends back whoever has a session
+  tabs.postMessage(""); // not earlier: the sign-in page sends users with a session back
   return leave("/login");
 }
 
@@ -195,7 +196,7 @@ function leaveSoon(address) {
   if (leaving || (leaveTimer && !address)) return;
   clearTimeout(leaveTimer);
   const pause = 1000 * seconds("reload");
-  // A tab without storage cannot remember. It waits until it is a minute old.
+  // Without storage the page cannot remember, so it waits until it is a minute old.
   const last = keep("left", recall("left") ?? 0) ? recall("left") : performance.timeOrigin;
   const wait = last + pause - Date.now();
   leaveTimer = setTimeout(leave, Math.min(pause, Math.max(0, wait)), address);

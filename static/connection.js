@@ -1,7 +1,7 @@
-// Delivery: the outbox keeps what you typed until the server has it, and the connection
-// carries it there. The connection never believes a silent socket: it replaces it.
+// Delivery. The outbox keeps what you typed until the server has it. The connection
+// carries it there; it does not trust a silent socket, but replaces it.
 
-// --- Memory: this tab's storage. A browser may refuse it, or it may be full. ---
+// --- Memory: the storage of this tab, which may be full or refused by the browser ---
 export function keep(key, value) {
   try {
     sessionStorage.setItem(key, JSON.stringify(value));
@@ -101,14 +101,14 @@ export class Connection {
     this.page.handle(event);
   }
 
-  // Look at the clock: timers stand still while a laptop sleeps.
+  // Look at the clock, don't count ticks: timers stand still while a laptop sleeps.
   check() {
     if (!this.socket) return;
     const unanswered = this.asked && this.isOver("answer", this.asked);
     if (unanswered || this.isOver("silence", this.heard)) this.lose();
   }
 
-  // Take the difference either way: the clock may have been set back.
+  // Compare both ways: the clock may have been set back.
   isOver(name, since) {
     return Math.abs(Date.now() - since) > 1000 * this.seconds(name);
   }
@@ -130,17 +130,19 @@ export class Connection {
     this.live = false;
   }
 
-  // Count a connection that was live only for a moment as a failure: a server that
-  // welcomes and hangs up would be asked twice a second for ever.
+  // A connection that was live only for a moment counts as a failure. Otherwise a server
+  // that welcomes and hangs up would be asked twice a second for ever.
   lose(code) {
     const { live } = this;
     const lasted = live && this.isOver("answer", this.liveSince);
     this.failures = lasted ? 1 : this.failures + 1;
+    const spent = live ? 0 : Math.max(0, Date.now() - this.heard); // by an attempt that hung
     this.drop();
     this.page.lost(code, live);
     if (code === 1008) return this.page.signIn();
     const pause = Math.min(1000 * this.seconds("retry"), 250 * 2 ** this.failures);
-    this.timer = setTimeout(() => this.connect(), pause * (0.5 + Math.random()));
+    const delay = pause * (0.5 + Math.random()) - spent;
+    this.timer = setTimeout(() => this.connect(), delay);
     return live || this.askWhy();
   }
 
@@ -151,9 +153,10 @@ export class Connection {
     const answer = await fetch("/ws", { redirect: "manual", signal }).catch(() => null);
     if (this.live || !(this.timer || this.socket)) return;
     if (answer?.type === "opaqueredirect") return this.page.signIn();
-    this.blocked = answer?.status === 400 ? this.blocked + 1 : 0;
-    if (answer?.status === 400 && this.blocked < 3) return undefined;
-    return this.page.explain(REASONS[answer?.status] ?? REASONS.none);
+    const status = answer?.status; // 400: the server is well, only the handshake is missing
+    this.blocked = status === 400 ? this.blocked + 1 : 0;
+    const tooEarly = status === 400 && this.blocked < 3;
+    return this.page.explain(tooEarly ? "" : REASONS[status] ?? REASONS.none);
   }
 }
 
@@ -162,5 +165,5 @@ const REASONS = {
     + "The page keeps trying.",
   429: "You have too many windows of the chat open. Close one, and this one connects.",
   503: "The server is busy. The page connects as soon as it can.",
-  none: "The server does not answer. The page keeps trying. What you write is sent then.",
+  none: "The chat does not answer. The page keeps trying, and then sends what you write.",
 };

@@ -1,5 +1,5 @@
 // What you see: messages, notices, and who is online. Text is always `textContent`, never
-// markup. Events wait for the next frame, so that all of a frame's cost one layout.
+// markup. Events wait for the next frame: all that arrives together costs one layout.
 
 export const find = (id) => document.getElementById(id);
 export const room = document.querySelector(".room");
@@ -8,9 +8,9 @@ const log = find("log");
 const messages = find("messages");
 const older = find("older");
 
-const SHOWN = 300; // lines that stay; what is older is behind "Older messages"
-const TALL = 20; // lines of text, beyond which a message is folded
-const LONG = /[^]{300}|(.*\n){20}/; // a text that may be as tall as that
+const SHOWN = 300; // newest lines in the list; "Older messages" brings the others
+const TALL = 20; // lines of a message; a taller one is folded
+const LONG = /[^]{300}|(.*\n){20}/; // a text that may be that tall, on a phone
 
 let queue = []; // events that wait for the next frame
 let frame = 0;
@@ -20,7 +20,7 @@ let unseen = 0; // messages below the part in sight
 let unread = 0; // messages that came while the page was hidden
 let lastDay = ""; // of the newest message
 let today = ""; // when the times were told
-const pending = new Map(); // by nonce: your items without a number, always the last ones
+const pending = new Map(); // your items without a number, by nonce; they stand last
 
 // --- From an event to an item ---
 function make(name, text = "", properties = {}) {
@@ -140,8 +140,8 @@ export function flush() {
 const firstPending = () => pending.values().next().value ?? null;
 const isNews = ({ type, user: author, text }) => type === "message" && author !== user && text;
 
-// Your message takes the place of the item that waited for it. Only attributes change
-// then, so that a screen reader speaks it once.
+// Your own message becomes part of the item that waited for it. Only attributes change,
+// so a screen reader speaks it once.
 function append(event) {
   let item = event.user === user && pending.get(event.nonce);
   if (item) {
@@ -164,7 +164,7 @@ function note({ type, user: name }) {
   let line = next ? next.previousElementSibling : messages.lastElementChild;
   if (!line?.people) {
     line = make("li", "", { className: "notice", translate: false });
-    Object.assign(line, { ariaLive: "off", people: new Map() }); // don't speak these
+    Object.assign(line, { ariaLive: "off", people: new Map() }); // not spoken
     messages.insertBefore(line, next);
   }
   line.people.delete(name); // each person's latest counts, and stands last
@@ -182,8 +182,8 @@ function tellPeople(line) {
   line.textContent = parts.join(" · ");
 }
 
-// Now and then, since all that remains moves then. The line with the day stays at the top:
-// what stands below it goes first.
+// Trim in steps: removing lines at the top moves all the others. The first line tells the
+// day, so remove what stands below it.
 function trim() {
   if (!following || log.ariaBusy === "true") return;
   let surplus = messages.children.length - pending.size - SHOWN;
@@ -195,7 +195,7 @@ function trim() {
   offerOlder();
 }
 
-// Measure only what may be tall: reading a height makes the browser lay the page out.
+// Measure only what may be tall: to read a height, the browser has to lay out the page.
 function fold(items) {
   const long = items.filter((item) => LONG.test(item.querySelector("p")?.textContent ?? ""));
   const tall = long.filter(({ lastElementChild: p }) =>
