@@ -1506,7 +1506,7 @@ async def close_room(app: web.Application) -> None:
 
 
 class OncePerMinute(logging.Filter):
-    """Log what may come often once a minute, and a stranger's fault in one line."""
+    """Log what may come often once a minute, and faults of others in one line."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1514,7 +1514,7 @@ class OncePerMinute(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info and record.exc_info[1]
-        if error and not isinstance(error, (*MALFORMED, OSError)):
+        if error and not isinstance(error, (*MALFORMED, OSError, PyMongoError)):
             return True  # a fault of ours, with its traceback
         kind, now = str(record.msg).partition("\n")[0], time.monotonic()
         if now < self.silent_until.get(kind, 0):
@@ -1549,7 +1549,7 @@ def init_app(settings: Settings | None = None) -> web.Application:
     loader = jinja2.FileSystemLoader(HERE / "templates")
     aiohttp_jinja2.setup(app, loader=loader, filters={"links": links})
     add_routes(app)
-    for name in "chat", "aiohttp.server", "asyncio":
+    for name in "chat", "aiohttp.server", "asyncio", "pymongo.client":
         logging.getLogger(name).addFilter(ONCE_PER_MINUTE)
     app.cleanup_ctx.extend([run_database, run_room])
     app.on_shutdown.append(close_room)
