@@ -93,10 +93,10 @@ def time_to_import():
 
 
 async def test_what_is_typed_into_the_chat_reaches_an_open_page(projector, browser):
-    """With a database, Bob's open page reads `* ann waves` within 3 seconds of a save.
+    """With a database, Bob's open page reads `* ann waves` 3 seconds after a save.
 
     Ann says `/me waves` again and again meanwhile, and both stay signed in. Of three
-    saves, the fastest counts. Where the machine is so busy that importing the chat takes
+    saves, the fastest counts. Where the machine is so busy that `import chat` takes
     longer than half a second, the rest may take longer as well.
     """
     folder, url = await projector(in_memory=False)

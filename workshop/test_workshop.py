@@ -30,7 +30,7 @@ from conftest import (
     program,
     until,
 )
-from workshop import scenarios
+from workshop import scenarios, slides
 from workshop.mongodb import find_mongod
 from workshop.servers import frames, own_address, serving
 from workshop.tiny import little, step
@@ -471,6 +471,23 @@ async def test_frame_says_why_it_cannot_be_shown(browser):
         page = await (await browser.new_context()).new_page()
         await page.goto(f"http://{PLACES['network']}:{port}")
         await page.get_by_text('needs host="0.0.0.0"').wait_for()
+
+
+# --- Slides ---
+def test_slides_need_no_network(tmp_path):
+    """One slide per chapter, and nothing that a browser would fetch."""
+    parts = "dist/reveal.js", "plugin/notes/notes.js", "dist/reveal.css"
+    for name in (*parts, "dist/theme/simple.css"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(
+            f"/* {name} */\n@import url(https://fonts.example);\n"
+        )
+    page = slides.build(tmp_path, read_notebook())
+    assert page.count("<section><section>") >= len(chapters())
+    for title in filter(None, chapters()):
+        assert f'id="{title.replace(" ", "-")}"' in page
+    assert all(f"/* {name} */" in page for name in parts)
+    assert not re.search(r"<script[^>]* src=|<link[^>]* href=|@import", page)
 
 
 # --- The day before ---
