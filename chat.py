@@ -1100,9 +1100,7 @@ class Room:
         if user_id in self.deleted:
             raise web.HTTPForbidden(text="This account has been deleted.")
         if len(self.of(user_id)) >= limit:
-            text = (
-                f"You have {limit} windows of the chat open. Please close one of them."
-            )
+            text = f"You have {limit} windows of the chat open. Please close one."
             raise web.HTTPTooManyRequests(text=text, headers={"Retry-After": "5"})
         self.connections.add(connection)
 
@@ -1118,13 +1116,11 @@ class Room:
         """
         self.flush()
         connection.live = True
-        for event in self.history.events.values():
-            if not event["text"]:
-                self.send(connection, event)
+        removed = [event for event in self.history.events.values() if not event["text"]]
         name, last = connection.user["name"], self.history.last_broadcast
         online = sorted(self.online.names | {name})
         welcome = {"type": "welcome", "user": name, "online": online, "last": last}
-        self.send(connection, welcome)
+        self.send(connection, *removed, welcome)
 
     def leave(self, connection: Connection) -> None:
         self.connections.discard(connection)
@@ -1151,8 +1147,9 @@ class Room:
             return number
 
     # --- Events out ---
-    def send(self, connection: Connection, event: dict) -> None:
-        connection.write(encode_frame(event), self.settings.MAX_UNSENT_BYTES)
+    def send(self, connection: Connection, *events: dict) -> None:
+        frames = b"".join(map(encode_frame, events))
+        connection.write(frames, self.settings.MAX_UNSENT_BYTES)
 
     def broadcast(self, event: dict) -> None:
         """Send an event to all live connections, soon, without waiting for any of them.
