@@ -2276,16 +2276,15 @@ async def test_every_background_task_is_watched(serve, monkeypatch, caplog, name
     assert not server.closed
 
 
-async def test_database_that_cannot_be_followed_ends_the_start(
-    serve, mongodb, monkeypatch
-):
+async def test_database_that_cannot_be_followed_ends_the_start(mongodb, monkeypatch):
     """As for a user who may read and write, and not watch."""
     monkeypatch.setattr(chat, "PIPELINE", [{"$match": {"$nonsense": 1}}])
     monkeypatch.setattr(chat, "DEADLINE", 2)
     before = asyncio.all_tasks()
+    runner = chat.web.AppRunner(chat.init_app(on(mongodb)))
     with pytest.raises(chat.CannotStart, match="follow its changes"):
-        await serve(on(mongodb))
-    await asyncio.sleep(0)
+        await runner.setup()
+    await runner.cleanup()
     assert asyncio.all_tasks() == before
 
 
