@@ -147,7 +147,7 @@ SETTINGS = web.AppKey("settings", Settings)
 DATABASE = web.AppKey("database", "Database")
 ROOM = web.AppKey("room", "Room")
 THROTTLE = web.AppKey("throttle", Callable)
-HASH_TURN = web.AppKey("hash_turn", asyncio.Lock)
+HASH_QUEUE = web.AppKey("hash_queue", asyncio.Semaphore)
 STOP = web.AppKey("stop", Callable)
 DB = web.RequestKey("db", "Database")
 USER = web.RequestKey("user", dict)
@@ -621,7 +621,8 @@ class Presence(Model):
 # ------------------------------------------------------------------------------
 PAGE = 50  # messages
 LONGEST_FIELD = 254  # characters: an email address has no more (RFC 5321)
-HASH_WAIT = 2.5  # seconds that a password waits for the others before it
+HASH_WAIT = 2.5  # seconds for a password's hash, and for those that wait before it
+HASHES_WAITING = 50  # about as many as are done in that time, at 40 ms each
 MALFORMED = (HttpProcessingError, web.RequestPayloadError)
 WHY = {
     "cookie": "Your browser did not keep the cookie that signs you in. Allow cookies "
@@ -777,23 +778,24 @@ class Form(Page):
     async def in_hash_thread(self, function: Callable, *arguments):
         """Hash in a dedicated thread, so that a crowd signing in delays no message.
 
-        One at a time, and with a bound: if the others take HASH_WAIT seconds, give up
-        (FormError, 503). Don't hash for a client that has hung up meanwhile.
+        Its queue has a bound, in number and in seconds: beyond it, raise FormError with
+        503 at once. And don't hash for a client that has hung up meanwhile.
         """
-        turn, busy = self.request.app[HASH_TURN], "Too many people sign in right now."
-        try:
-            async with asyncio.timeout(HASH_WAIT):
-                await turn.acquire()
-        except TimeoutError:
-            errors = {"login": f"{busy} Try again in a few seconds."}
-            raise FormError(errors, 503, retry_after=3) from None
-        try:
+
+        def hash_if_wanted():
             if self.request.transport is None:
-                raise FormError({"login": busy}, 503)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(HASH_THREAD, function, *arguments)
-        finally:
-            turn.release()
+                raise TimeoutError
+            return function(*arguments)
+
+        queue, loop = self.request.app[HASH_QUEUE], asyncio.get_running_loop()
+        try:
+            if queue.locked():
+                raise TimeoutError
+            async with queue, asyncio.timeout(HASH_WAIT):
+                return await loop.run_in_executor(HASH_THREAD, hash_if_wanted)
+        except TimeoutError:
+            sentence = "Too many people sign in right now. Try again in a few seconds."
+            raise FormError({"login": sentence}, 503, retry_after=3) from None
 
 
 # On Linux a thread has its own niceness; elsewhere it would apply to the whole chat.
@@ -1540,7 +1542,7 @@ def init_app(settings: Settings | None = None) -> web.Application:
             "lingering_time": 1,  # seconds to read on after an early answer
         },
     )
-    app[SETTINGS], app[HASH_TURN] = settings, asyncio.Lock()
+    app[SETTINGS], app[HASH_QUEUE] = settings, asyncio.Semaphore(HASHES_WAITING)
     app[THROTTLE] = make_buckets(settings.LOGIN_ATTEMPTS / 60, settings.LOGIN_ATTEMPTS)
     app[STOP] = lambda code: None  # `run` replaces it: a notebook's kernel lives on
     loader = jinja2.FileSystemLoader(HERE / "templates")

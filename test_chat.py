@@ -1023,14 +1023,20 @@ async def test_crowd_that_signs_in_is_hashed_in_turn_and_beside_the_room(
     assert len(threads) == 1 and threading.main_thread() not in threads
 
 
-async def test_queue_of_those_who_wait_for_a_hash_has_its_bound(serve, monkeypatch):
+@pytest.mark.parametrize("bound", ["in number", "in seconds"])
+async def test_queue_of_those_who_wait_for_a_hash_has_its_bound(
+    serve, monkeypatch, bound
+):
     """Beyond it the form comes back filled, and says when to try again."""
+    if bound == "in number":
+        monkeypatch.setattr(chat, "HASHES_WAITING", 1)
     first, go_on = start_hashing(monkeypatch)
     server = await serve(chat.Settings())
     visitors = [await server.visitor() for _ in range(3)]
     ann = asyncio.create_task(visitors[0].post("/signin", data=form("ann")))
     await asyncio.to_thread(first.wait)
-    monkeypatch.setattr(chat, "HASH_WAIT", 0.05)
+    if bound == "in seconds":
+        monkeypatch.setattr(chat, "HASH_WAIT", 0.05)
     late = visitors[1].post("/signin", data=form("bob", email="bob@example.org"))
     login = visitors[2].post("/login", data=form("bob"))
     for response in await asyncio.gather(late, login):
@@ -1054,8 +1060,8 @@ async def test_who_has_hung_up_is_not_hashed_for(serve, monkeypatch):
     lines += ["Content-Type: application/x-www-form-urlencoded", "", ""]
     _, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write("\r\n".join(lines).encode() + body)
-    turn = server.app[chat.HASH_TURN]
-    await until(lambda: turn._waiters)
+    queue = server.app[chat.HASH_QUEUE]
+    await until(lambda: queue._value == chat.HASHES_WAITING - 2)
     before = len(server.runner.server.connections)
     writer.transport.abort()
     await until(lambda: len(server.runner.server.connections) < before)
