@@ -105,6 +105,7 @@ class Lines(logging.Handler):
         error = record.exc_info and record.exc_info[1]
         cause = f": {type(error).__name__}: {error}" if error else ""
         self.lines.append(record.getMessage() + cause)
+        record.exc_info = None  # it holds all that the frames of a traceback hold
         if self.seen:
             print(self.lines[-1])
 

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import functools
 import inspect
 import re
 from html import escape
@@ -109,7 +110,7 @@ def pieces(number: int) -> list[range]:
     lines = source.splitlines()
     first, end = [1, *starts, len(lines) + 1][number : number + 2]
     found, start = [], first
-    for node in ast.parse(source).body:
+    for node in parsed(source).body:
         if isinstance(node, ast.ClassDef) and first <= node.lineno < end:
             begin = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             if names_in(range(start, begin)):
@@ -130,10 +131,13 @@ def stripped(piece: range, lines: list[str]) -> range:
     return piece
 
 
+parsed = functools.lru_cache(ast.parse)
+
+
 def names_in(piece: range) -> list[str]:
     """Return what is defined in some lines of chat.py."""
     found = []
-    for node in ast.parse(SOURCE.read_text("utf-8")).body:
+    for node in parsed(SOURCE.read_text("utf-8")).body:
         if node.lineno in piece:
             if isinstance(node, (*FUNCTION, ast.ClassDef)):
                 found.append(node.name)
