@@ -917,7 +917,8 @@ async def test_two_thousand_people_cost_one_item_each(room, open_page):
     await ann.evaluate("""() => {
         window.changes = [];
         const observer = new MutationObserver((all) => window.changes.push(...all));
-        observer.observe(document.getElementById("online"), { childList: true });
+        const online = document.getElementById("online");
+        observer.observe(online, { childList: true, subtree: true });
     }""")
     script.send(
         {"type": "joined", "user": "newcomer"}, {"type": "left", "user": "user0999"}

@@ -305,28 +305,40 @@ function prepend(items) {
 }
 
 // --- Who is online: one name in or out moves one item ---
+const GROUP = 50; // names in one list: the browser lays out only the list that changes
 const { compare } = new Intl.Collator("en");
-let names = []; // sorted, as they are shown
+const online = find("online");
+const people = online.getElementsByTagName("li"); // live, in the order of `names`
+let names = [];
 
-export function showOnline(online) {
-  names = [...online].sort(compare);
-  find("online").replaceChildren(...names.map(makeName));
-  find("count").textContent = names.length || "";
+export function showOnline(everybody) {
+  names = [...everybody].sort(compare);
+  online.replaceChildren();
+  for (let start = 0; start < names.length; start += GROUP) {
+    const list = online.appendChild(make("ul"));
+    list.append(...names.slice(start, start + GROUP).map(makeName));
+  }
+  showCount();
 }
 
 export function enter(name) {
   if (names.includes(name)) return;
   const index = names.findIndex((other) => compare(other, name) > 0);
+  if (index < 0) (online.lastElementChild ?? online.appendChild(make("ul"))).append(makeName(name));
+  else people[index].before(makeName(name));
   names.splice(index < 0 ? names.length : index, 0, name);
-  find("online").insertBefore(makeName(name), find("online").children[index] ?? null);
-  find("count").textContent = names.length;
+  showCount();
 }
 
 export function leave(name) {
   const index = names.indexOf(name);
   if (index < 0) return;
+  people[index].remove();
   names.splice(index, 1);
-  find("online").children[index].remove();
+  showCount();
+}
+
+function showCount() {
   find("count").textContent = names.length || "";
 }
 
