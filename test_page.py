@@ -780,6 +780,17 @@ async def test_one_message_at_a_time_waits_for_its_receipt(room, open_page):
     assert await ann.evaluate(TEXTS) == ["one", "two"]
 
 
+async def test_the_sender_sees_the_text_that_the_server_stored(room, open_page):
+    """A server may have commands: it stores "/me waves" as something else."""
+    ann, script = await open_scripted(open_page, room)
+    await wait(ann, ONLINE)
+    await write(ann, "/me waves")
+    await until(lambda: script.received)
+    script.send_message(1, "* ann waves", "ann", script.received[0]["nonce"])
+    await shown(ann, "* ann waves")
+    assert await ann.evaluate(TEXTS) == ["* ann waves"]
+
+
 REFUSALS = {
     "with its nonce": lambda nonce: {"nonce": nonce},
     "without a nonce": lambda nonce: {},

@@ -140,8 +140,8 @@ export function flush() {
 const firstPending = () => pending.values().next().value ?? null;
 const isNews = ({ type, user: author, text }) => type === "message" && author !== user && text;
 
-// Your own message becomes part of the item that waited for it. Only attributes change,
-// so a screen reader speaks it once.
+// Your own message becomes the item that waited for it. Usually only attributes change, so
+// a screen reader speaks it once.
 function append(event) {
   let item = event.user === user && pending.get(event.nonce);
   if (item) {
@@ -149,6 +149,7 @@ function append(event) {
     item.classList.remove("pending");
     item.querySelector("time").dateTime = event.time;
     tellTime(item);
+    setText(item, event.text); // the server may have changed it
   } else {
     item = makeMessage(event);
     messages.insertBefore(item, firstPending());
