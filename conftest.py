@@ -179,13 +179,20 @@ def settings(request):
 
 
 # --- Real parts: the chat, here or in a process of its own ---
+class Server(TestServer):
+    """Serve as `web.run_app` does: handlers go on when their client has hung up."""
+
+    async def _make_runner(self, **options):
+        return await super()._make_runner(**options | {"handler_cancellation": False})
+
+
 @pytest.fixture
 async def serve():
     """A function that serves the chat in this process; all are closed at the end."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def serve(settings):
-            server = TestServer(chat.init_app(settings))
+            server = Server(chat.init_app(settings))
             await stack.enter_async_context(server)
             server.visitor = lambda: stack.enter_async_context(TestClient(server))
             return server

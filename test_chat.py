@@ -28,7 +28,7 @@ from urllib.parse import urlencode
 import aiohttp
 import pymongo
 import pytest
-from aiohttp.test_utils import TestClient, TestServer, unused_port
+from aiohttp.test_utils import TestClient, unused_port
 from bson import DatetimeMS, Decimal128, Int64, ObjectId
 from cryptography.fernet import Fernet
 
@@ -36,6 +36,7 @@ import chat
 from conftest import (
     HERE,
     PASSWORD,
+    Server,
     can_connect,
     closed,
     connect,
@@ -609,6 +610,20 @@ def insert_foreign_documents(settings):
             )
 
 
+def test_history_takes_the_next_number_and_knows_the_ones_it_had():
+    history, count = chat.History(), chat.HISTORY_SIZE + 5
+    messages = [stored(number, nonce=f"{number}") for number in range(1, count + 1)]
+    for message in messages:
+        assert history.add(message) == chat.to_event(message)
+    assert list(history.events) == list(range(6, count + 1))
+    assert history.add(messages[-1]) is None  # heard twice: read, then streamed
+    taken_back = messages[0] | {"text": ""}  # told to those who have it, not kept
+    assert history.add(taken_back) == chat.to_event(taken_back)
+    assert 1 not in history.events and history.last_broadcast == count
+    with pytest.raises(chat.StreamBroken, match=f"{count + 2} came after {count}"):
+        history.add(stored(count + 2))
+
+
 async def test_message_taken_back_is_blank_for_everybody(server):
     """For those who have it, for newcomers, on pages and in replays."""
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
@@ -1062,9 +1077,14 @@ async def test_who_has_hung_up_is_not_hashed_for(serve, monkeypatch):
     writer.write("\r\n".join(lines).encode() + body)
     queue = server.app[chat.HASH_QUEUE]
     await until(lambda: queue._value == chat.HASHES_WAITING - 2)
-    before = len(server.runner.server.connections)
+    (bob,) = (
+        handler
+        for handler in server.runner.server.connections
+        if handler.transport.get_extra_info("peername")
+        == writer.get_extra_info("sockname")
+    )
     writer.transport.abort()
-    await until(lambda: len(server.runner.server.connections) < before)
+    await until(lambda: bob.transport is None)
     go_on.set()
     await ann
     await sign_in(server, "joe")
@@ -2002,14 +2022,16 @@ async def test_reader_that_stops_during_the_replay_delays_nobody(serve):
 
 
 def test_frame_is_what_the_protocol_says():
-    for length in 1, 40, 50, 60, 1000, 30_000:
+    for length in 1, 40, 50, 60, 1000, 30_000, 70_000:
         event = {"type": "x", "text": "é" * length}
         frame = chat.encode_frame(event)
         payload = json.dumps(event, ensure_ascii=False).encode()
         if len(payload) < 126:
             assert frame == bytes((0x81, len(payload))) + payload
-        else:
+        elif len(payload) < 1 << 16:
             assert frame == b"\x81\x7e" + struct.pack("!H", len(payload)) + payload
+        else:
+            assert frame == b"\x81\x7f" + struct.pack("!Q", len(payload)) + payload
 
 
 async def test_frames_that_fall_due_together_leave_in_one_write(serve, monkeypatch):
@@ -2117,6 +2139,25 @@ async def test_presence_that_was_lost_or_overwritten_is_written_again(serve, mon
     await asyncio.sleep(chat.GRACE + chat.PAUSE)
     await say(from_ann, "still here")
     assert (await read(from_bob))["type"] == "message"
+
+
+async def test_presence_that_could_not_be_written_is_written_later(
+    serve, mongodb, monkeypatch, caplog
+):
+    server = await serve(on(mongodb))
+    write, failures = chat.Presence.write, iter([TimeoutError, TimeoutError])
+
+    async def fail_at_first(*arguments):
+        for error in failures:
+            raise error
+        await write(*arguments)
+
+    monkeypatch.setattr(chat.Presence, "write", fail_at_first)
+    await connect(await sign_in(server))
+    processes = server.app[chat.DATABASE].processes
+    while not await processes.find_one({"names": "ann"}):
+        await asyncio.sleep(0.05)
+    assert caplog.messages == ["Presence could not be written: TimeoutError"]
 
 
 async def test_catching_up_tells_who_has_gone_and_who_has_come(serve):
@@ -2276,7 +2317,7 @@ async def test_every_background_task_is_watched(serve, monkeypatch, caplog, name
     if name == "follow":
         monkeypatch.setattr(chat, "DEADLINE", 0.1)
     with contextlib.suppress(chat.CannotStart):
-        async with TestServer(app):
+        async with Server(app):
             await until(lambda: codes)
     assert codes == [1] and "KeyError: 'a fault of ours'" in caplog.text
     assert not server.closed
