@@ -921,6 +921,24 @@ async def test_the_log_stays_flat_and_the_rest_is_behind_older_messages(
     )
 
 
+async def test_a_page_that_nobody_looks_at_stays_flat_too(room, open_page):
+    """Its reader scrolled up, and left it for the night."""
+    ann, script = await open_scripted(open_page, room)
+    await wait(ann, ONLINE)
+    for number in range(1, 51):
+        script.send_message(number)
+    await shown(ann, "text 50")
+    await ann.evaluate("log.scrollTop = 10")
+    await asyncio.sleep(0.1)
+    await ann.evaluate("Object.defineProperty(document, 'hidden', { value: true })")
+    for number in range(51, 1_051):
+        script.send_message(number)
+        if number % 200 == 0:
+            await shown(ann, f"text {number}")
+    await shown(ann, "text 1050")
+    assert await ann.evaluate("messages.children.length") < 600
+
+
 async def test_two_thousand_people_cost_one_item_each(room, open_page):
     names = [f"user{number:04}" for number in range(2_000)]
     ann, script = await open_scripted(open_page, room, online=["ann", *names])

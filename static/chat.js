@@ -198,15 +198,17 @@ function leaveSoon(address) {
   const pause = 1000 * seconds("reload");
   // Without storage the page cannot remember, so it waits until it is a minute old.
   const last = keep("left", recall("left") ?? 0) ? recall("left") : performance.timeOrigin;
-  const wait = last + pause - Date.now();
-  leaveTimer = setTimeout(leave, Math.min(pause, Math.max(0, wait)), address);
+  const wait = Math.min(pause, Math.max(0, last + pause - Date.now()));
+  leaveTimer = setTimeout(() => {
+    leaveTimer = 0;
+    if (!address && !connection.live) return; // to reload needs a server: the next welcome
+    keep("left", Date.now());
+    leave(address);
+  }, wait);
 }
 
 function leave(address) {
-  leaveTimer = 0;
-  if (!address && !connection.live) return; // a reload needs a server: the next welcome
   leaving = true;
-  keep("left", Date.now());
   connection.drop();
   if (address) location.assign(address);
   else location.reload();

@@ -94,7 +94,8 @@ function headDay(item) {
   const time = timeOf(item);
   if (time.toDateString() === lastDay) return;
   lastDay = time.toDateString();
-  messages.insertBefore(make("li", fullDay.format(time), { className: "day" }), item);
+  const line = make("li", fullDay.format(time), { className: "day", ariaLive: "off" });
+  messages.insertBefore(line, item);
 }
 
 function headDays() {
@@ -131,6 +132,7 @@ export function flush() {
   queue = [];
   const items = events.map((event) => (event.type === "message" ? append(event) : note(event)));
   new Set(items).forEach((item) => item.people && tellPeople(item));
+  if (document.hidden && unseen > SHOWN) following = true; // or a night away fills the page
   trim();
   fold(items);
   if (following) scrollToEnd();
