@@ -839,10 +839,8 @@ async def read_form(request: web.Request) -> tuple[dict[str, str], dict[str, str
     """Return the text of each field, and a sentence for each that is too long.
 
     Normalize here, once: the same letters can be encoded in several ways (NFC, NFD).
-    Check lengths first: to normalize 16 KB of combining marks takes 112 ms.
-
-    Raises HTTPBadRequest if this isn't one of our forms, and HTTPRequestTimeout if its
-    bytes take longer than DEADLINE.
+    Check lengths first: to normalize 16 KB of combining marks takes 112 ms. Raises
+    HTTPBadRequest, and HTTPRequestTimeout if it takes longer than DEADLINE.
     """
     try:
         if request.content_type != "application/x-www-form-urlencoded":
@@ -1645,28 +1643,24 @@ def main() -> None:
 def run(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. Raises CannotStart if the address is not free."""
     sys.stdout.reconfigure(line_buffering=True)  # or a container's log stays empty
-    level = logging.DEBUG if settings.DEBUG else logging.WARNING
+    level, access_log = logging.WARNING, None
+    if settings.DEBUG:
+        level, access_log = logging.DEBUG, logging.getLogger("aiohttp.access")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("pymongo").setLevel(logging.INFO)  # DEBUG has hashes and emails
     raise_descriptor_limit()
     if not settings.SECRET_KEY:
         print("SECRET_KEY is not set: sessions end when the chat stops.")
-    app = init_app(settings)
+    app, loop = init_app(settings), new_event_loop()
     app[STOP] = sys.exit
+    address = {"host": settings.HOST, "port": settings.PORT, "print": print_addresses}
+    options = {"access_log": access_log, "shutdown_timeout": 1}
     try:
-        web.run_app(
-            app,
-            host=settings.HOST,
-            port=settings.PORT,
-            access_log=logging.getLogger("aiohttp.access") if settings.DEBUG else None,
-            shutdown_timeout=1,
-            print=print_addresses,
-            loop=new_event_loop(),
-        )
+        web.run_app(app, **address, **options, loop=loop)
     except (OSError, UnicodeError) as error:
-        address = f"HOST {settings.HOST!r} and PORT {settings.PORT}"
+        names = f"HOST {settings.HOST!r} and PORT {settings.PORT}"
         problem = f"must be an address of this machine and a free port ({error})"
-        raise CannotStart(f"{address} {problem}") from None
+        raise CannotStart(f"{names} {problem}") from None
 
 
 def raise_descriptor_limit() -> None:
