@@ -9,7 +9,7 @@ Each name is loaded when you first ask for it, so that the tests can import
 import importlib
 
 HOMES = {
-    "sources": "difference fold screen section show show_script",
+    "sources": "difference screen section show",
     "copies": "edit",
     "people": "Person quiet",
     "wire": "Wire",

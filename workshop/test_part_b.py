@@ -42,14 +42,14 @@ def test_each_line_of_chat_is_shown_exactly_once(monkeypatch):
     lines = [line for line in "\n".join(blocks).splitlines() if line.strip()]
     notes = [line for line in lines if "are shown above" in line]
     assert len(notes) == 7
-    whole = [line for line in sources.SOURCE.read_text().splitlines() if line.strip()]
+    whole = [line for line in sources.LINES if line.strip()]
     assert collections.Counter(lines) - collections.Counter(notes) == (
         collections.Counter(whole)
     )
 
 
 def test_each_section_has_a_chapter_with_its_number_and_name():
-    source = sources.SOURCE.read_text()
+    source = sources.TEXT
     titles = re.findall(r"^# -+\n# (\d\. .*)$", source, re.MULTILINE)
     assert len(titles) == 7
     headings = [c.source.splitlines()[0] for c in OURS if c.source.startswith("## ")]
@@ -61,7 +61,6 @@ def test_each_section_has_a_chapter_with_its_number_and_name():
 def test_each_chapter_shows_one_definition_of_at_most_25_lines():
     for call in calls("section")[1:]:
         seen = eval(call.partition(", ")[2].removesuffix(")"), {"chat": chat})
-        seen = sources.head(seen) if isinstance(seen, type) else seen
         assert 4 <= len(sources.where(seen)) <= 25, call
 
 
