@@ -298,7 +298,7 @@ class Script:
     def __init__(self, **welcome):
         self.welcome = {"type": "welcome", "user": "ann", "online": ["ann"], "last": 0}
         self.welcome |= welcome
-        self.ends, self.received = [], []
+        self.ends, self.received, self.is_away = [], [], False
 
     async def prepare(self, page):
         await page.route_web_socket("**/ws*", self.accept)
@@ -306,7 +306,8 @@ class Script:
     def accept(self, end):
         self.ends.append(end)
         end.on_message(lambda frame: self.received.append(json.loads(frame)))
-        self.send(self.welcome)
+        if not self.is_away:
+            self.send(self.welcome)
 
     def send(self, *events):
         for event in events:
@@ -606,6 +607,26 @@ async def test_a_gap_and_a_replaced_message_reload_the_page(room, open_page):
         await wait(ann, ONLINE)
         script.send_message(number, nonce="another")
         await until(lambda page=ann: page.loads == 2)
+
+
+async def test_a_page_without_a_server_does_not_reload_until_there_is_one(
+    room, open_page
+):
+    """Otherwise the browser's error page would take the place of the chat."""
+    ann, script = await open_scripted(open_page, room)
+    await wait(ann, ONLINE)
+    script.send_message(9)
+    await until(lambda: ann.loads == 2)
+    await wait(ann, ONLINE)
+    await hurry_page(ann, reload=1)
+    script.send_message(9)
+    script.is_away = True
+    await script.ends[-1].close()
+    await asyncio.sleep(2)
+    assert ann.loads == 2
+    script.is_away = False
+    script.send(script.welcome)
+    await until(lambda: ann.loads == 3)
 
 
 async def test_a_page_without_storage_waits_before_it_reloads(room, open_page):
@@ -1217,10 +1238,13 @@ async def test_a_proxy_that_passes_no_websockets_is_named(room, proxy, open_page
     between = await proxy(room.port)
     ann = await open_page(between.url, "ann")
     await hurry_page(ann, retry=0.2)
+    sockets = []
+    ann.on("websocket", lambda socket: sockets.append(socket))
     between.hostile = True
     between.cut_all()
     sentence = "does not let WebSockets pass"
     await ann.locator("#reason", has_text=sentence).wait_for()
+    assert len(sockets) >= 3  # it did not say so after the first
     between.hostile = False
     await wait(ann, ONLINE)
     assert await ann.inner_text("#reason") == ""

@@ -162,7 +162,7 @@ function tell(id, text) { // a screen reader speaks every change, so avoid empty
 
 // --- Who you are: the tabs of a browser share one session ---
 function signIn() {
-  stop("Your session has ended.");
+  stop("Your session has ended. Reload the page to sign in at once.");
   leaveSoon("/login?why=ended");
 }
 
