@@ -686,6 +686,27 @@ async def test_dropped_database_is_a_new_room_with_its_indexes(place, person):
     assert place.indexes() == INDEXES
 
 
+async def test_dropped_messages_are_a_new_history_while_people_write(place, person):
+    one, other = await place.start({}, {})
+    async with Talker("ann", one) as ann, Talker("bob", other) as bob:
+        for _ in range(3):
+            await asyncio.gather(ann.has_gone_on(20), bob.has_gone_on(20))
+            await asyncio.to_thread(place.db.messages.drop)
+        await asyncio.gather(ann.has_gone_on(), bob.has_gone_on())
+        ann.silent = bob.silent = True
+        await until(lambda: not (ann.pending or bob.pending))
+        assert ann.connections == bob.connections == 1
+    stored = {message["_id"]: message["text"] for message in place.messages()}
+    eve = await person("eve").sign_up(one)
+    for process in one, other:
+        window = await eve.open(process, after=0)
+        await until(lambda window=window: stored.items() <= window.texts.items())
+        texts = (await eve.open(process, after=0)).texts  # a gap is shown as removed
+        assert {number: text for number, text in texts.items() if text} == stored
+        assert list(texts) == list(range(min(texts), max(texts) + 1))
+    assert place.indexes() == INDEXES
+
+
 def drop_and_insert(db, name, documents, indexes):
     """`mongorestore --drop`: it skips what is there again, and indexes come last."""
     db.drop_collection(name)
@@ -984,7 +1005,7 @@ def child_of(process_id):
 async def test_chats_on_one_host_name_leave_each_others_sessions_alone(start, person):
     """Cookies know no port: a second chat, and a dozen other applications."""
     one, other = start().wait_until_ready(), start().wait_until_ready()
-    ann, size = person("ann"), 700
+    ann, size = person("ann"), 1_000
     foreign = {f"application-{n}": size * "x" for n in range(12)}
     ann.jar.update_cookies(foreign, URL(one.url))
     await (await ann.sign_up(one)).sign_up(other)
