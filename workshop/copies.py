@@ -18,7 +18,8 @@ COPIES = tempfile.TemporaryDirectory(prefix="chat-")
 atexit.register(COPIES.cleanup)
 FILES = "chat.py", "templates", "static"
 GAP = "…"  # what a learner has to replace
-numbers = itertools.count(1)
+KEPT = 20  # modules of the newest copies; each is some megabytes
+numbers, modules = itertools.count(1), []
 
 
 class Page(str):
@@ -58,6 +59,9 @@ def edit(old: str, new: str, file: str = "chat.py", of=chat, **names):
     spec = importlib.util.spec_from_file_location(folder.name, folder / "chat.py")
     sys.modules[folder.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    modules.append(folder.name)
+    while len(modules) > KEPT:
+        del sys.modules[modules.pop(0)]
     return module
 
 
