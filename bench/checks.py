@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 from load import TEXT, Load, LoadError, run, run_whole
-from servers import PASSWORD, ask, start_chat
+from servers import PASSWORD, ask, post, start_chat
 
 
 def milliseconds(value: float) -> str:
@@ -134,30 +134,24 @@ def check_storage(chat, options):
 
 
 # --- Sign-ins ---
-def sign_in(port: int, name: str) -> bool:
-    """Sign in; come back if the server says that it is busy. Return whether it did."""
-    form, busy = {"login": name, "password": PASSWORD}, False
-    while (answer := ask(port, "POST", "/login", form))[0] == 503:
-        busy = True
-        time.sleep(int(answer[1]["Retry-After"]))
-    if answer[0] != 303:
-        raise LoadError(f"somebody could not sign in: {answer[0]}")
-    return busy
-
-
 def check_signins(chat, options):
     """Sign in 50 people at once, again and again, while somebody talks to 100."""
     readers, people = (50, 10) if options.quick else (100, 50)
-    names = [f"sender-{number}" for number in range(people)]
+    forms = [
+        {"login": f"sender-{number}", "password": PASSWORD} for number in range(people)
+    ]
     quiet, crowd, rates, sent_back = [], [], [], 0
+
+    def come(form) -> int:
+        return post(server.port, "/login", form)[1]
+
     talk = {"n": readers, "i": 0.01, "d": options.seconds * 2}
     with start_chat(chat, people) as server, ThreadPoolExecutor(people) as pool:
         for _ in range(1 if options.quick else 5):
             quiet.append(run_whole(server, **talk))
             room, start, waves = Load(server, **talk), time.perf_counter(), 0
             while room.process.poll() is None:
-                busy = list(pool.map(lambda name: sign_in(server.port, name), names))
-                waves, sent_back = waves + 1, sent_back + sum(busy)
+                sent_back, waves = sent_back + sum(pool.map(come, forms)), waves + 1
             rates.append(waves * people / (time.perf_counter() - start))
             crowd.append(room.figures())
     alone, beside = median(quiet, "p99"), median(crowd, "p99")

@@ -15,7 +15,7 @@ import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from load import CHAT_MESSAGE, CORES, PEER_MESSAGE, USER
+from load import CHAT_MESSAGE, CORES, PEER_MESSAGE, USER, LoadError
 
 HERE = Path(__file__).parent
 CHAT = HERE.parent / "chat.py"
@@ -134,13 +134,25 @@ def ask(port: int, method: str, path: str, form=None, cookie="") -> tuple:
     return answer
 
 
+def post(port: int, path: str, form: dict) -> tuple[str, int]:
+    """Send a form until the server is not busy; return a cookie, and how often it was.
+
+    Raises LoadError if the server does not let its sender in.
+    """
+    for busy in range(100):
+        status, headers, _ = ask(port, "POST", path, form)
+        if status == 303:
+            return headers["Set-Cookie"].partition(";")[0], busy
+        if status != 503:
+            break
+        time.sleep(int(headers["Retry-After"]))
+    raise LoadError(f"{form['login']} could not get in by {path}: {status}")
+
+
 def sign_up(port: int, name: str) -> str:
     """Create an account and return the cookie of its session."""
     form = {"login": name, "password": PASSWORD, "password2": PASSWORD}
-    status, headers, body = ask(port, "POST", "/signin", form)
-    if status != 303:
-        raise RuntimeError(f"{name} could not sign up: {status} {body!r}")
-    return headers["Set-Cookie"].partition(";")[0]
+    return post(port, "/signin", form)[0]
 
 
 def sign_up_all(port: int, names: list[str]) -> list[str]:
