@@ -292,6 +292,14 @@ async def wait(page, script):
     await ChromiumWindow(page).wait(script)
 
 
+async def scroll(page, top):
+    """Scroll the log, and wait until the page has noticed: it takes a frame."""
+    frames = "requestAnimationFrame(() => requestAnimationFrame(done))"
+    await page.evaluate(
+        f"() => {{ log.scrollTop = {top}; return new Promise((done) => {frames}); }}"
+    )
+
+
 class Script:
     """The server's end of the page's WebSocket, played by a test."""
 
@@ -951,8 +959,7 @@ async def test_a_page_that_nobody_looks_at_stays_flat_too(room, open_page):
     for number in range(1, 51):
         script.send_message(number)
     await shown(ann, "text 50")
-    await ann.evaluate("log.scrollTop = 10")
-    await asyncio.sleep(0.1)
+    await scroll(ann, "10")
     await ann.evaluate("Object.defineProperty(document, 'hidden', { value: true })")
     for number in range(51, 1_051):
         script.send_message(number)
@@ -1001,7 +1008,7 @@ async def test_scrolling_back_and_coming_back_to_the_end(room, open_page):
         const item = document.querySelector("[data-id='371']");
         return item && Math.round(item.getBoundingClientRect().top);
     }"""
-    await ann.evaluate("document.getElementById('log').scrollTop = 0")
+    await scroll(ann, "0")
     before = await ann.evaluate(top)
     await ann.evaluate("older.click(), older.click()")  # one at a time
     await shown(ann, "text 321")
@@ -1014,11 +1021,11 @@ async def test_scrolling_back_and_coming_back_to_the_end(room, open_page):
     assert not await ann.is_visible("#older")
     assert await ann.locator(".day").count() == 1
     await ann.wait_for_selector("#log[aria-busy=false]")
-    await ann.evaluate("log.scrollTop = log.scrollHeight")
+    await scroll(ann, "log.scrollHeight")
     await room.post("text 421")
     await shown(ann, "text 421")
     assert await ann.evaluate("messages.children.length") == 300
-    await ann.evaluate("document.getElementById('log').scrollTop = 0")
+    await scroll(ann, "0")
     first = int(await ann.get_attribute("#messages [data-id]", "data-id"))
     await ann.click("#older")
     await shown(ann, f"text {first - 50}")
@@ -1068,8 +1075,7 @@ async def test_a_reader_who_scrolled_up_is_told_of_new_messages(room, open_page)
     await shown(ann, "followed")
     assert await ann.evaluate(AT_END)
     assert not await ann.is_visible("#new")
-    await ann.evaluate("log.scrollTop = 10")
-    await asyncio.sleep(0.1)
+    await scroll(ann, "10")
     for text in "one", "two":
         await room.post(text)
     await ann.locator("#new", has_text="2 new messages").wait_for()
