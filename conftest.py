@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -132,12 +133,16 @@ def wait_for(claim, seconds=20):
 
 
 async def until(claim, seconds=20):
-    """Wait, while the chat in this process goes on, until a claim holds."""
+    """Wait, while the chat in this process goes on, until a claim or a query holds."""
     deadline = time.monotonic() + seconds
-    while not (found := claim()):
+    while True:
+        found = claim()
+        if inspect.isawaitable(found):
+            found = await found
+        if found:
+            return found
         assert time.monotonic() < deadline, "waited in vain"
         await asyncio.sleep(0.02)
-    return found
 
 
 @pytest.fixture(scope="session")
@@ -331,8 +336,9 @@ async def about(nonce, ws, *types):
 
 async def closed(ws):
     """Read what is left and return the close code."""
-    async for _ in ws:
-        pass
+    async with asyncio.timeout(30):
+        async for _ in ws:
+            pass
     return ws.close_code
 
 

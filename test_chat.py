@@ -750,8 +750,7 @@ async def test_presence_is_stamped_by_the_databases_clock(serve, mongodb, monkey
     monkeypatch.setattr(chat, "datetime", Yesterday)
     db = server.app[chat.DATABASE]
     await connect(await sign_in(server))
-    while not (entry := await db.processes.find_one({"names": "ann"})):
-        await asyncio.sleep(0.05)
+    entry = await until(lambda: db.processes.find_one({"names": "ann"}))
     hello = await db.mongo.client.admin.command("hello")
     now = hello["localTime"].replace(tzinfo=chat.UTC)
     assert abs(now - entry["seen"]) < chat.timedelta(seconds=20)
@@ -772,10 +771,9 @@ async def test_indexes_that_were_dropped_are_there_as_soon_as_the_stream_is(
     assert len(names) == 2
     code = asyncio.create_task(closed(ws))
     await db.mongo.client.drop_database(db.mongo.name)
-    while set(await db.messages.index_information()) != names:
-        await asyncio.sleep(0.05)
     assert await code == 1008  # her account has gone as well
     await say(await connect(await sign_in(server, "ann")), "anew")
+    assert set(await db.messages.index_information()) == names
 
 
 async def test_conflict_between_indexes_is_reported_as_that(mongodb):
@@ -2134,8 +2132,7 @@ async def test_presence_that_was_lost_or_overwritten_is_written_again(serve, mon
         lambda: processes.update_one({"names": "ann"}, {"$set": {"names": []}}),
     ):
         await harm()
-        while not await processes.find_one({"names": "ann"}):
-            await asyncio.sleep(0.05)
+        await until(lambda: processes.find_one({"names": "ann"}))
     await asyncio.sleep(chat.GRACE + chat.PAUSE)
     await say(from_ann, "still here")
     assert (await read(from_bob))["type"] == "message"
@@ -2155,8 +2152,7 @@ async def test_presence_that_could_not_be_written_is_written_later(
     monkeypatch.setattr(chat.Presence, "write", fail_at_first)
     await connect(await sign_in(server))
     processes = server.app[chat.DATABASE].processes
-    while not await processes.find_one({"names": "ann"}):
-        await asyncio.sleep(0.05)
+    await until(lambda: processes.find_one({"names": "ann"}))
     assert caplog.messages == ["Presence could not be written: TimeoutError"]
 
 
@@ -2310,7 +2306,7 @@ async def test_every_background_task_is_watched(serve, monkeypatch, caplog, name
         raise KeyError("a fault of ours")
 
     server, codes = await serve(chat.Settings()), []
-    place = chat if name == "keep_alive" else chat.Follower
+    place = chat.Follower if name == "follow" else chat
     monkeypatch.setattr(place, name, fail)
     app = chat.init_app(chat.Settings())
     app[chat.STOP] = codes.append
