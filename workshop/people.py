@@ -21,7 +21,8 @@ class Client:
 
     async def open(self, path: str, **more) -> None:
         await self.disconnect()
-        self.ws = await self.session.ws_connect(path, **more)
+        brief = aiohttp.ClientWSTimeout(ws_close=0.5)  # a server may stand still
+        self.ws = await self.session.ws_connect(path, timeout=brief, **more)
         self.reader = asyncio.create_task(self.read())
 
     async def read(self) -> None:
