@@ -99,8 +99,10 @@ def position(tag):
 
 
 def preparation(name):
-    """Return the edits before an exercise in its chapter, without demonstrations."""
+    """Return what a repair needs of its chapter: the edits, without demonstrations."""
     end = start = position(f"exercise:{name}")
+    if "of=broken" not in OURS[end].source:
+        return ""
     while not OURS[start].source.startswith("## "):
         start -= 1
     parts, known = [], {*dir(builtins), "edit"}
@@ -219,8 +221,8 @@ WRONG_ATTEMPTS = [
     ("private", "wrong or not", "not", "1,009 characters passes"),
     ("clock", r"token_hex\(\)", '"n-1"', "It speaks once only"),
     ("clock", "(?s)    task.cancel.*", "", "a task of yours still runs"),
-    ("clock", r"sleep\(1\)", "sleep(2)", "2.0 s passed, not one"),
-    ("clock", r"sleep\(1\)", "sleep(0.01)", "within two seconds"),
+    ("clock", r"sleep\(1\)", "sleep(2)", "2.0 s passed, not 1"),
+    ("clock", r"sleep\(1\)", "sleep(0.01)", "0.0 s passed, not 1"),
     ("clock", "await app", "app", f"`post` {NEVER}"),
 ]
 MAKE_ROOM = """
