@@ -404,6 +404,10 @@ async def jupyter(request, browser, tmp_path):
     try:
         await until(lambda: can_connect(port), 60)
         page = await (await browser.new_context()).new_page()
+        # A busy Jupyter may complain of its own slowness, in a dialog.
+        dialog = page.locator(".jp-Dialog")
+        dismiss = dialog.locator("button").last.click
+        await page.add_locator_handler(dialog, lambda: dismiss(), no_wait_after=True)
         path = {"lab": "lab/tree", "notebook": "notebooks"}[request.param]
         await page.goto(f"http://localhost:{port}/{path}/tutorial.ipynb")
         ready = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
