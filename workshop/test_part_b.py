@@ -196,6 +196,7 @@ WRONG_ATTEMPTS = [
     ("who", "chat.Page", "web.View", "HEAD is answered by 405"),
     ("who", "text=", "content_type='text/html', text=", "It should be plain text"),
     ("told", "shutdown", "cleanup", "no goodbye"),
+    ("told", r"close_room\)", "close_room(app))", f"`close_room` {NEVER}"),
     ("host", r"token_hex\(\)", '"n-1"', "a nonce of its own?"),
     ("host", "await room", "room", f"`post` {NEVER}"),
     ("host", '"host"', '"Host"', "the user `host` has said nothing"),
@@ -222,8 +223,10 @@ WRONG_ATTEMPTS = [
     ("clock", r"token_hex\(\)", '"n-1"', "It speaks once only"),
     ("clock", "(?s)    task.cancel.*", "", "a task of yours still runs"),
     ("clock", r"sleep\(1\)", "sleep(2)", "2.0 s passed, not 1"),
-    ("clock", r"sleep\(1\)", "sleep(0.01)", "0.0 s passed, not 1"),
+    ("clock", r"sleep\(1\)", "sleep(0.01)", "s passed, not 1"),
     ("clock", "await app", "app", f"`post` {NEVER}"),
+    ("clock", ".*sleep.*\n", "", "0.0 s passed, not 1"),
+    ("clock", "    yield", "    await task\n    yield", "The chat does not start"),
 ]
 MAKE_ROOM = """
     async def make_room(kitchen):

@@ -185,6 +185,8 @@ async def little(talk, page: str = page, log: bool = False, host: str = "127.0.0
         if not log:
             caught = warnings.catch_warnings(record=True, action="always")
             server.warnings = stack.enter_context(caught)
+            gc.freeze()  # then `complaints` has to look at what is new only
+            stack.callback(gc.unfreeze)
         stack.callback(Lines(server.log, log).close)
         runner = web.AppRunner(server.app(), shutdown_timeout=0.1, access_log=None)
         stack.push_async_callback(runner.cleanup)
