@@ -30,7 +30,7 @@ from conftest import (
     program,
     until,
 )
-from workshop import scenarios, slides
+from workshop import pictures, scenarios, slides
 from workshop.mongodb import find_mongod
 from workshop.room import close_room, open_room
 from workshop.servers import frames, own_address, serving
@@ -503,6 +503,14 @@ async def test_frame_says_why_it_cannot_be_shown(browser):
         page = await (await browser.new_context()).new_page()
         await page.goto(f"http://{PLACES['network']}:{port}")
         await page.get_by_text('needs host="0.0.0.0"').wait_for()
+
+
+# --- Pictures ---
+def test_picture_in_the_readme_is_the_one_of_the_notebook():
+    """See `python -m workshop.pictures`. GitHub shows it on a card of its own colour."""
+    stored = Path(HERE, "docs", "one-message.svg").read_text("utf-8").strip()
+    assert stored == pictures.one_message().draw(pictures.CARD)
+    assert "prefers-color-scheme: dark" in stored
 
 
 # --- Slides ---
