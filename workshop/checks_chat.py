@@ -120,7 +120,8 @@ async def trying(*arguments, **replaced):
     """Serve the chat with an attempt in it; what its log says is the cause."""
     failure = None
     try:
-        async with serving(*arguments, **replaced) as server:
+        async with contextlib.AsyncExitStack() as stack:
+            server = await start(stack, serving(*arguments, **replaced))
             try:
                 yield server
             except Exception as error:
@@ -131,6 +132,16 @@ async def trying(*arguments, **replaced):
         failure = failure or error
     if failure:
         raise failure
+
+
+async def start(stack: contextlib.AsyncExitStack, block):
+    """Enter a block that serves an attempt; say so if that never ends."""
+    try:
+        async with asyncio.timeout(8):
+            return await stack.enter_async_context(block)
+    except TimeoutError:
+        never = "The chat does not start: what stands before `yield` has to end."
+        raise Lacking(never) from None
 
 
 async def nothing_left(before: set) -> None:
@@ -641,10 +652,23 @@ async def private(attempt) -> None:
         need(long["type"] == "error", "A private message of 1,009 characters passes.")
 
 
+class PatientRoom(chat.Room):
+    """A room that lets others run, and soon has enough, if a loop has no `sleep`."""
+
+    posts = 0
+
+    async def post(self, *arguments):
+        await asyncio.sleep(0)
+        self.posts += 1
+        need(self.posts < 100, "It speaks without a pause.")
+        return await super().post(*arguments)
+
+
 @exercise("clock", "run_clock")
 async def clock(attempt) -> None:
     before = asyncio.all_tasks()
-    async with trying(change=lambda app: app.cleanup_ctx.append(attempt)) as server:
+    change = lambda app: app.cleanup_ctx.append(attempt)  # noqa: E731
+    async with trying(Room=PatientRoom, change=change) as server:
         ann = await server.join("ann", "/ws?after=0")
         await heard(ann, 1, seconds=0.3)
         need(ann.messages(), "It should speak as soon as the chat has started.")

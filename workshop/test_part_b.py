@@ -196,7 +196,7 @@ WRONG_ATTEMPTS = [
     ("who", "chat.Page", "web.View", "HEAD is answered by 405"),
     ("who", "text=", "content_type='text/html', text=", "It should be plain text"),
     ("told", "shutdown", "cleanup", "no goodbye"),
-    ("told", r"close_room\)", "close_room(app))", f"`close_room` {NEVER}"),
+    ("told", r"close_room\)", "close_room(app))", "'coroutine' object is not callable"),
     ("host", r"token_hex\(\)", '"n-1"', "a nonce of its own?"),
     ("host", "await room", "room", f"`post` {NEVER}"),
     ("host", '"host"', '"Host"', "the user `host` has said nothing"),
