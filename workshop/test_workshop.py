@@ -507,7 +507,7 @@ async def test_frame_says_why_it_cannot_be_shown(browser):
 
 # --- Pictures ---
 def test_picture_in_the_readme_is_the_one_of_the_notebook():
-    """See `python -m workshop.pictures`. GitHub shows it on a card of its own colour."""
+    """See `python -m workshop.pictures`. GitHub shows it on a card of its own."""
     stored = Path(HERE, "docs", "one-message.svg").read_text("utf-8").strip()
     assert stored == pictures.one_message().draw(pictures.CARD)
     assert "prefers-color-scheme: dark" in stored
