@@ -5,6 +5,7 @@ import contextlib
 import gc
 import inspect
 import linecache
+import re
 import secrets
 import warnings
 from pathlib import Path
@@ -73,7 +74,7 @@ class LittleServer:
     def _repr_html_(self) -> str:
         address = f"http://localhost:{self.port}"
         links = ", ".join(
-            f'<a href="{address}{path}" target="_blank">{path.split("=")[1]}</a>'
+            f'<a href="{address}{path}" target="_blank">{re.split("[=&]", path)[1]}</a>'
             for path in self.paths
         )
         shown = frames(self, self.paths, 240)
