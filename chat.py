@@ -1,8 +1,8 @@
 """A chat that loses no message, in one file to read from top to bottom.
 
 A 2016 article (https://habr.com/ru/post/300942/) built a chat to show what aiohttp can
-do. This is that chat today. It keeps the article's sections, in order; what goes
-further is marked "Beyond the article". It is a whole application, not an excerpt.
+do. This is that chat today. It keeps the article's sections, in order. Additions are
+marked "Beyond the article". It is a complete application, not an excerpt.
 
     pip install -r requirements.txt
     python chat.py
@@ -19,7 +19,7 @@ These words have one meaning throughout:
     event       a JSON object on a WebSocket; its `type` says what it is
     connection  one open WebSocket; a user with three tabs has three
     room        all connections of this process, and what they need to know
-    change      a notification from the database: a document is new, different or gone
+    change      a notification from the database: an insert, an update or a delete
 """
 
 # What `uv run chat.py` and `pipx run chat.py` install before they start (PEP 723):
@@ -91,9 +91,9 @@ log = logging.getLogger("chat")
 # ------------------------------------------------------------------------------
 # 1. Settings
 #
-# They come from the environment, or from a file `.env` beside this one. Every setting
-# has a default, so `python chat.py` works with none of them. Beyond the article: each
-# is checked at startup, while you are still watching the console.
+# Settings come from the environment, or from a file `.env` beside this one. Every one
+# has a default, so `python chat.py` works without any. Beyond the article: each is
+# checked at startup, while you are still watching the console.
 # ------------------------------------------------------------------------------
 class Settings(BaseSettings):
     """What you can set; `.env.example` explains each.
@@ -117,7 +117,7 @@ class Settings(BaseSettings):
     MONGO_DB_NAME: str = Field("chat", pattern=r"^[A-Za-z0-9_-]{1,38}$")
     SECRET_KEY: str = ""
     MAX_MESSAGE_LENGTH: int = Field(1_000, ge=1, le=10_000)  # characters
-    MESSAGES_PER_SECOND: int = Field(5, ge=1, le=1_000_000)  # per person, after
+    MESSAGES_PER_SECOND: int = Field(5, ge=1, le=1_000_000)  # per user and process
     MESSAGE_BURST: int = Field(20, ge=1, le=1_000_000)  # at once
     CONNECTIONS_PER_PERSON: int = Field(20, ge=1, le=1_000_000)
     LOGIN_ATTEMPTS: int = Field(10, ge=1, le=1_000_000)  # per minute and account
@@ -135,6 +135,7 @@ class Settings(BaseSettings):
     @field_validator("SECRET_KEY")
     @classmethod
     def shared_by_all_processes(cls, key: str, info) -> str:
+        # `info.data` has the fields above this one: MONGO_HOST must stand there.
         if info.data.get("MONGO_HOST") and not key:
             raise ValueError("must be set with MONGO_HOST, to any text hard to guess")
         return key
@@ -144,8 +145,8 @@ class CannotStart(Exception):
     """The chat cannot start; the text says why, in one line."""
 
 
-# What the application shares is stored in `app[KEY]`, what belongs to one request in
-# `request[KEY]`. The keys are typed, so an editor knows what comes out.
+# `app[KEY]` holds what the application shares; `request[KEY]`, what one request needs.
+# The keys are typed, so your editor knows what type a lookup returns.
 SETTINGS = web.AppKey("settings", Settings)
 DATABASE = web.AppKey("database", "Database")
 ROOM = web.AppKey("room", "Room")
@@ -159,9 +160,9 @@ USER = web.RequestKey("user", dict)
 # ------------------------------------------------------------------------------
 # 2. Middlewares
 #
-# Each wraps every handler, the first one outermost: `init_app` has their order.
-# Beyond the article: `own_origin`. A browser sends its cookie with every request to us,
-# also with one that another site's page makes. So a cookie alone proves nothing.
+# A middleware wraps every handler. `init_app` lists them, outermost first. Beyond the
+# article: `own_origin`. A browser sends our cookie with every request to us, even if
+# another site's page makes the request. So the cookie alone doesn't show who made it.
 # ------------------------------------------------------------------------------
 PUBLIC = {"login", "signin", "static"}
 
@@ -172,13 +173,15 @@ async def own_origin(request: web.Request, handler) -> web.StreamResponse:
 
     Otherwise another site's page could post our forms with the visitor's cookie (CSRF).
     It could also read our WebSocket, because the same-origin policy does not apply to
-    WebSockets. Browsers send Origin with both; a client that sends none carries no
-    victim's cookie.
+    WebSockets. Browsers send Origin with both. A client that sends none isn't a
+    browser, so it carries no victim's cookie.
+
+    With ORIGIN, don't check Host: a proxy may rewrite it.
     """
     own, origin = request.app[SETTINGS].ORIGIN, request.headers.get("Origin")
     if not own:
-        # An attacker can point their own name at 127.0.0.1, and then their page has
-        # our origin (DNS rebinding). They cannot point `localhost` or an IP address.
+        # DNS rebinding: an attacker can point their own name at 127.0.0.1, and then
+        # their page has our origin. They cannot redirect `localhost` or an IP address.
         own, origin = request.host, origin and origin.partition("://")[2]
         if not is_local(own):
             log.warning("Host %r is not a local address; set ORIGIN", own)
@@ -230,16 +233,16 @@ async def authorize(request: web.Request, handler) -> web.StreamResponse:
         login = path_for(request, "login")
         page, _, _ = request.headers.get("Referer", "").partition("?")
         if page.endswith((login, path_for(request, "signin"))):
-            login += "?why=cookie"  # just signed in, and already without a session
+            login += "?why=cookie"  # just signed in: the browser kept no cookie
         raise web.HTTPSeeOther(login)
     return await handler(request)
 
 
 async def session_user(request: web.Request) -> dict | None:
-    """Find the session's user, or None.
+    """Return the session's user, or None.
 
-    The user is looked up each time, so the cookie of a deleted account opens nothing.
-    A cookie that cannot be read is a cookie of nobody.
+    Look the user up on every request, so that a deleted account's cookie is worthless.
+    Treat an unreadable cookie as none: a client may send any bytes.
     """
     try:
         user_id = (await get_session(request)).get("user")
@@ -260,11 +263,11 @@ def path_for(request: web.Request, name: str) -> str:
 # calls in memory. Handlers never query; models do.
 #
 # Beyond the article: the database also notifies us. Each write comes back as a change,
-# in a stream that is the same for all processes. The room listens to this stream and
-# not to its own handlers. So any number of processes form one room.
+# in a stream that is the same for all processes. Each room listens to this stream and
+# not to its own handlers. So any number of processes act as one chat.
 #
 # Motor's successor is PyMongo's AsyncMongoClient; mongomock-motor cannot stand in for
-# it yet. All that would change is in this section: the client, and `await db.watch(…)`.
+# it yet. Only this section would change: the client, and `await db.watch(…)`.
 # ------------------------------------------------------------------------------
 DEADLINE = 5  # the longest wait for the database or for a form, in seconds
 HISTORY_SIZE = 1_000  # newest messages kept by each process
@@ -285,10 +288,10 @@ def reason(error: BaseException) -> str:
 
 
 class StreamBroken(PyMongoError):
-    """Changes may be missing.
+    """Changes may be missing, whatever the cause.
 
-    There is one repair for all that can go wrong: open the stream again, read what the
-    database has, and follow. `Follower.follow` does it.
+    One repair covers every cause: reopen the stream, reread the database, and follow
+    again. `Follower.follow` does it.
     """
 
 
@@ -311,13 +314,20 @@ class Database:
     async def changes(self) -> AsyncIterator[AsyncIterator[Change]]:
         """Open the stream; then yield its changes, in order. Raises DATABASE_ERRORS.
 
-        Open before reading: the stream has every write from now on. So nothing can fall
-        between what the caller reads next and what it hears after that. If MongoDB
-        fails over, the driver resumes the stream where it was.
+        Open before reading: the stream has every write from now on. So no write
+        falls between the caller's next read and the stream. After a failover, the
+        driver resumes where the stream was.
         """
         watch = self.mongo.watch(PIPELINE, full_document="updateLookup")
         async with watch as stream:
-            await self.create_indexes()  # each time: a restore may have removed them
+            try:
+                await (
+                    self.create_indexes()
+                )  # each time: a restore may have removed them
+            except (
+                OperationFailure
+            ) as error:  # go on: an index is missing, not a message
+                log.error("An index could not be created: %s", reason(error))
             yield (as_change(change) async for change in stream)
 
     async def create_indexes(self) -> None:
@@ -329,16 +339,16 @@ class Database:
         await self.processes.create_index("seen", expireAfterSeconds=45)
 
     async def create_unique_index(self, collection, *fields: str) -> None:
-        """Make an index that ignores foreign documents, unlike the first edition's."""
-        with suppress(OperationFailure):
+        """Create a unique index that ignores foreign documents."""
+        with suppress(OperationFailure):  # drop the first edition's, which did not
             await collection.drop_index("_".join(f"{name}_1" for name in fields))
         options = {"name": f"unique {fields[-1]}", "unique": True}
         options["partialFilterExpression"] = {fields[-1]: {"$type": "string"}}
         await collection.create_index([(name, 1) for name in fields], **options)
 
 
-# Ask for the changes that the room needs. Never for a new user: that document carries
-# the hash of a password. Nor for a process that only renews its presence (`seen`).
+# Ask only for changes that the room needs. Leave out new users, because their documents
+# hold password hashes. Leave out updates that only renew a process's `seen`.
 PIPELINE = [{"$match": {"$or": [
     {"ns.coll": "messages", "operationType": {"$in": ["insert", "update", "replace"]}},
     {"ns.coll": "processes", "operationType": {"$in": ["insert", "replace", "delete"]}},
@@ -349,9 +359,9 @@ PIPELINE = [{"$match": {"$or": [
 
 
 def as_change(change: dict) -> Change:
-    """Take what we need from MongoDB's change event. Raises StreamBroken.
+    """Convert MongoDB's change event to a Change. Raises StreamBroken.
 
-    A dropped collection (`mongorestore --drop`) does not end the stream; we do.
+    Dropping a collection (`mongorestore --drop`) does not end the stream, so end it.
     """
     if "documentKey" not in change:
         raise StreamBroken(f"{change['operationType']} of a collection")
@@ -371,11 +381,11 @@ class LocalDatabase(Database):
     async def write(self, query: Awaitable, change: Change):
         """Await a write and notify ourselves of the change.
 
-        If it failed, it may still have happened, or happen later: the stream is broken.
+        A failed write may have happened, or may yet happen. So break the stream.
         """
         try:
             result = await query
-        except BaseException:
+        except BaseException:  # a deadline cancels: CancelledError is not an Exception
             self.queue.put_nowait(StreamBroken("A write failed"))
             raise
         self.queue.put_nowait(change)
@@ -403,20 +413,20 @@ class MemoryDatabase(LocalDatabase):
         self.archives.append(mongo.older)
 
     async def write(self, query: Awaitable, change: Change):
-        """Await a write, and after each HISTORY_SIZE messages forget older ones.
+        """Await a write. At each multiple of HISTORY_SIZE, drop the older messages.
 
-        Rename the collection: mongomock needs 23 µs to delete one document.
+        Rename the collection instead of deleting: mongomock takes 23 µs per document.
         """
         result = await super().write(query, change)
         collection, number, _ = change
         full = collection == "messages" and number % HISTORY_SIZE == 0
-        if full and await self.messages.find_one({"_id": number}):  # not blanked later
+        if full and await self.messages.find_one({"_id": number}):  # new, not blanked
             await self.messages.rename("older", dropTarget=True)
         return result
 
     async def create_indexes(self) -> None:
-        """Leave out the one for messages: here, receipts refuse a repeated one."""
-        # Once only: the second time, mongomock takes two missing emails for one.
+        """Skip the index on messages: in one process, `receipts` recognizes a retry."""
+        # Create them once: the second time, mongomock treats missing emails as equal.
         if "unique email_key" not in await self.users.index_information():
             await self.create_unique_index(self.users, "name_key")
             await self.create_unique_index(self.users, "email_key")
@@ -443,15 +453,15 @@ async def open_database(settings: Settings) -> Database:
 
 CLIENT_OPTIONS = {
     "tz_aware": True,
-    # Call stored only what survives the loss of a member, and read nothing else.
-    # Otherwise a failover could take back a number that others have built upon.
+    # Report a write as stored only when a majority of members has it, and read only
+    # such writes. Otherwise a failover could undo a number that later ones build on.
     "w": "majority",
     "readConcernLevel": "majority",
     "readPreference": "primary",
     # A foreign document must not fail to decode: it would end the stream for good.
     "datetime_conversion": "DATETIME_AUTO",
     "unicode_decode_error_handler": "replace",
-    # Motor holds a thread for each query: free it when nobody waits for it any more.
+    # Motor occupies a thread per query: free it once our own deadline has passed.
     "serverSelectionTimeoutMS": 3_000,
     "connectTimeoutMS": DEADLINE * 1_000,
     "socketTimeoutMS": DEADLINE * 1_000,
@@ -460,12 +470,12 @@ CLIENT_OPTIONS = {
 
 async def connect(mongo) -> Database:
     hello = await mongo.client.admin.command("hello")
-    if hello.keys() & {"setName", "msg"}:  # a replica set, or a router to several
+    if hello.keys() & {"setName", "msg"}:  # a replica set or a sharded cluster
         db = Database(mongo)
     else:
         print(
-            "MongoDB is standalone, so it notifies nobody of changes: run one process "
-            "only, and restart it after an operator's change. Better: a replica set."
+            "MongoDB is standalone and sends no notifications: run one process only, "
+            "and restart it after you edit the database. Better: use a replica set."
         )
         db = LocalDatabase(mongo)
     await db.create_indexes()  # here a conflict can still be reported and end the start
@@ -509,7 +519,7 @@ def verify_password(password: str, password_hash: str) -> bool:
 
 
 class User(Model):
-    """A registered user: `_id`, `name`, perhaps `email`, `password` (its hash)."""
+    """Query registered users: `_id`, `name`, `password` (a hash), optional `email`."""
 
     async def get(self, user_id: ObjectId) -> dict | None:
         """Return `_id` and `name` only: a connection keeps them for hours."""
@@ -549,21 +559,21 @@ def is_message(document: dict) -> bool:
     """Tell our documents from foreign ones, such as `_id: 2.0`, which equals 2."""
     types = {"_id": int, "user_id": ObjectId, "user": str, "text": str, "nonce": str}
     types["time"] = datetime
-    return all(type(document.get(name)) is wanted for name, wanted in types.items())
+    return all(isinstance(document.get(name), kind) for name, kind in types.items())
 
 
 class Message(Model):
-    """What a user said. The `_id` counts 1, 2, 3 … without a gap."""
+    """Query messages. Their `_id` counts 1, 2, 3 … without gaps."""
 
     async def save(self, last: int, user: dict, text: str, nonce: str) -> int:
         """Store a message under the number after `last`, or a later one; return it.
 
-        Whoever inserts n + 1 has seen n. So the numbers have the order in which MongoDB
-        wrote them, and that is the order of the stream. If two writers collide, the
-        unique `_id` lets one win, and the other tries the next number.
+        A process inserts n + 1 only after it has seen n. So the numbers have the order
+        in which MongoDB wrote them, which is the order of the stream. If two writers
+        collide, the unique `_id` lets one win, and the other tries the next number.
 
-        A sender repeats a message that got no receipt. The unique index on user and
-        nonce refuses the repetition; then return the number that it already has.
+        A client retries a message that got no receipt. The retry is idempotent: the
+        unique index on user and nonce rejects it. Then return the existing number.
         """
         number = last + 1
         while True:
@@ -593,9 +603,9 @@ class Message(Model):
         return [message for message in reversed(found) if is_message(message)]
 
     async def blank(self, number: int) -> None:
-        """Take a message back: blank its text, and keep its number.
+        """Remove a message's text and keep its number.
 
-        Never delete a message: its number would be missing, or be given again.
+        Never delete a message: its number would leave a gap, or be assigned again.
         """
         for archive in self.db.archives:
             if found := await with_deadline(archive.find_one({"_id": number})):
@@ -616,9 +626,9 @@ class Message(Model):
 
 # --- Presence ---
 class Presence(Model):
-    """Who is online: one document per process, with the names of its people.
+    """Query who is online: one document per process, with the names of its users.
 
-    MongoDB stamps it, and removes it when it is 45 s old. So only one clock counts.
+    MongoDB stamps each document, and removes it 45 s later. So only one clock counts.
     """
 
     async def write(self, process: ObjectId, names: list[str]) -> None:
@@ -636,15 +646,15 @@ class Presence(Model):
 # ------------------------------------------------------------------------------
 # 4. Views
 #
-# One class per page, one method per HTTP verb. A POST that worked answers with a
-# redirect (303), so that a reload does not send it again. If it failed, the form comes
-# back with your input and an error beside each bad field. No page needs JavaScript
-# except the chat itself.
+# One class per page, one method per HTTP verb. A successful POST answers with a
+# redirect (303), so that a reload does not send it again. If it fails, the form comes
+# back with your input and an error beside each bad field. Only the chat itself needs
+# JavaScript.
 # ------------------------------------------------------------------------------
 PAGE = 50  # messages
 LONGEST_FIELD = 254  # characters: an email address has no more (RFC 5321)
-HASH_WAIT = 2.5  # seconds for a password's hash, and for those that wait before it
-HASHES_WAITING = 50  # about as many as are done in that time, at 40 ms each
+HASH_WAIT = 2.5  # seconds to wait in the queue
+HASHES_WAITING = 50  # the queue's length: at 40 ms each, they take 2 s
 MALFORMED = (HttpProcessingError, web.RequestPayloadError)
 WHY = {
     "cookie": "Your browser did not keep the cookie that signs you in. Allow cookies "
@@ -653,8 +663,9 @@ WHY = {
     "tab, or the account is gone.",
 }
 
-# Characters that end a web address: brackets, quotes, spaces, controls, and the
-# punctuation of typography and of East Asian scripts. Brackets may enclose a part.
+# Characters that end a web address: brackets, quotes, spaces, controls, typographic and
+# East Asian punctuation. Brackets may enclose a part. The two branches of LINK never
+# match the same character, so no text can make it backtrack exponentially (ReDoS).
 ENDS = r"()\s\x00-\x20\x7f-\xa0\u2000-\u206f\u3000-\u303f\ufeff\uff01-\uff0f<>\x22\x60"
 LINK = re.compile(rf"([Hh]ttps?://(?:[^{ENDS}]|\([^{ENDS}]*\))+(?<![.,:;!?'*_~|\]»]))")
 ANCHOR = Markup(
@@ -663,8 +674,8 @@ ANCHOR = Markup(
 
 
 def links(text: str) -> Markup:
-    """Escape a text as HTML and make its web addresses links, as chat.js does."""
-    parts = LINK.split(text)  # every second one is an address
+    """Escape a text as HTML and turn web addresses into links, as chat.js does."""
+    parts = LINK.split(text)  # odd parts are addresses; Markup escapes every part
     return Markup().join(
         ANCHOR.format(part) if index % 2 else part for index, part in enumerate(parts)
     )
@@ -678,7 +689,7 @@ class TokenBucket:
         self.tokens, self.time = float(burst), time.monotonic()
 
     def take(self) -> float:
-        """Take a token and return 0; if there is none, the seconds until there is."""
+        """Take a token and return 0, or return the seconds until the next one."""
         now = time.monotonic()
         self.tokens += (now - self.time) * self.rate
         self.tokens, self.time = min(self.tokens, self.burst), now
@@ -691,7 +702,7 @@ class TokenBucket:
 def make_buckets(rate: float, burst: int) -> Callable:
     """Return a function that gives each key its bucket, the same one each time."""
 
-    @functools.lru_cache(maxsize=10_000)  # beyond that, forget the longest unused
+    @functools.lru_cache(maxsize=10_000)  # the least recently used is forgotten
     def bucket(*key) -> TokenBucket:
         return TokenBucket(rate, burst)
 
@@ -762,7 +773,7 @@ class Form(Page):
         except FormError as error:
             return self.page(form, error)
         session = await new_session(self.request)
-        session["user"] = str(user["_id"])  # not the name: it may get another owner
+        session["user"] = str(user["_id"])  # an id is never reused; a name may be
         raise web.HTTPSeeOther(path_for(self.request, "main"))
 
     def page(self, form: dict[str, str], error: FormError) -> web.Response:
@@ -777,11 +788,11 @@ class Form(Page):
     async def authenticate(self, form: dict[str, str]) -> dict | None:
         """Return the user with this login and password, or None. Raises FormError.
 
-        Count attempts per account and not per login: another spelling of the name must
-        not be another allowance. Take equally long when no user matches.
+        Count attempts per account and not per spelling: all spellings share one limit.
+        Hash even when no user matches, or response times would reveal existing names.
         """
         user = await User(self.request[DB]).find(form["login"])
-        # Cut it: one character may become 18 in `fold`, and the throttle keeps it.
+        # Truncate: `fold` can turn 1 character into 18, and the throttle stores them.
         self.throttle(user["_id"] if user else fold(form["login"])[:LONGEST_FIELD])
         if user is None:
             await self.in_hash_thread(hash_password, form["password"])
@@ -792,7 +803,8 @@ class Form(Page):
     def throttle(self, account) -> None:
         """Count an attempt. Raises FormError (429) after too many.
 
-        Known limit: behind a proxy, all requests have one address.
+        Known limit: behind a proxy, all clients have one address. Then a stranger can
+        use up the attempts on an account, and its owner has to wait.
         """
         key = network(self.request.remote or ""), account
         if wait := self.request.app[THROTTLE](*key).take():
@@ -803,33 +815,39 @@ class Form(Page):
     async def in_hash_thread(self, function: Callable, *arguments):
         """Hash in a dedicated thread, so that a crowd signing in delays no message.
 
-        Its queue has a bound, in number and in seconds. Beyond it, raise FormError
-        (503). Don't hash for a client that has hung up meanwhile.
+        The queue is bounded, in length and in time. Beyond either bound, raise
+        FormError (503). Don't hash for a client that has hung up meanwhile.
         """
 
         def hash_if_wanted():
             if self.request.transport is None:
                 raise TimeoutError
+            loop.call_soon_threadsafe(begin)
             return function(*arguments)
+
+        def begin():  # its turn came in time, so let it finish
+            with suppress(RuntimeError):  # or just too late
+                waiting.reschedule(None)
 
         queue, loop = self.request.app[HASH_QUEUE], asyncio.get_running_loop()
         try:
-            if queue.locked():
+            if queue.locked():  # full; don't await before `async with` takes a place
                 raise TimeoutError
-            async with queue, asyncio.timeout(HASH_WAIT):
+            async with queue, asyncio.timeout(HASH_WAIT) as waiting:
                 return await loop.run_in_executor(HASH_THREAD, hash_if_wanted)
         except TimeoutError:
-            sentence = "Too many people sign in right now. Try again in a few seconds."
+            sentence = "Too many people are signing in. Try again in a few seconds."
             raise FormError({"login": sentence}, 503, retry_after=3) from None
 
 
-# On Linux a thread has its own niceness; elsewhere it would apply to the whole chat.
+# Lower the thread's priority, so that hashing yields to messages. Only Linux has
+# niceness per thread; elsewhere it would slow the whole process.
 NICE = {"initializer": os.nice, "initargs": (10,)} if sys.platform == "linux" else {}
 HASH_THREAD = ThreadPoolExecutor(max_workers=1, **NICE)
 
 
 def network(address: str) -> str:
-    """Return the network of an address: one home has 2**64 IPv6 addresses, a /64."""
+    """Return the network to throttle: one client may own 2**64 IPv6 addresses (/64)."""
     if ":" not in address:
         return address
     return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
@@ -892,7 +910,7 @@ class SignIn(Form):
                 return user
             index = error.details.get("keyPattern") or str(error)
             taken = "email" if "email_key" in index else "login"
-            raise FormError({taken: "Somebody has this already."}) from None
+            raise FormError({taken: "Another user has this already."}) from None
 
     async def second_click(self, form: dict[str, str]) -> dict | None:
         """Return the user that the same form created a moment ago, or None.
@@ -912,7 +930,7 @@ USERNAME = get_profile("UsernameCasePreserved")
 
 
 def find_errors(form: dict[str, str]):
-    """Yield (field, sentence) for everything a new account must not have."""
+    """Yield a (field, sentence) pair for each rule that the form breaks."""
     email, password = form["email"], form["password"]
     if not is_name(form["login"]):
         yield "login", "A name has 3 to 32 letters, digits, _ or -."
@@ -925,20 +943,24 @@ def find_errors(form: dict[str, str]):
 
 
 def is_name(text: str) -> bool:
-    """Accept usernames of 3 to 32 letters, digits, _ and -, with two marks in a row.
+    """Tell whether a text is 3 to 32 letters, digits, _ or -.
 
-    PRECIS alone takes `<b>ann</b>`, and 32 marks that cover the lines around them.
+    Letters may carry combining marks, at most two in a row. PRECIS alone accepts
+    `<b>ann</b>`, and 32 marks in a row, which cover the lines around them.
     """
     try:
         name = USERNAME.enforce(text)
-    except UnicodeEncodeError:  # how the library says no
+    except UnicodeEncodeError:  # how the library rejects a name
         return False
     kinds = ("L" if c in "_-" else unicodedata.category(c)[0] for c in name)
     return bool(re.fullmatch(r"(?!M|.*MMM)[LMN]{3,32}", "".join(kinds)))
 
 
 class SignOut(web.View):
-    """End the session of this browser. No cookie of another device is revoked."""
+    """End this browser's session.
+
+    Known limit: cookies on other devices, and copies of this one, stay valid.
+    """
 
     async def post(self) -> web.Response:
         (await get_session(self.request)).invalidate()
@@ -956,19 +978,20 @@ class SignOut(web.View):
 #    │                    │ ◀────── change ────── │ ───── change ───▶ │           │
 #    │ ◀──── message, n+1 │ broadcast             │         broadcast │ ────────▶ │
 #
-# 1. Whoever inserts n + 1 has seen n. So numbers have no gap, and their order is the
-#    order of the stream, on every process.
+# 1. A process inserts n + 1 only after it has seen n. So numbers have no gaps, and
+#    their order is the order of the stream, on every process.
 # 2. A message is broadcast only when it comes back as a change. So you never see what
 #    is not stored.
-# 3. If no receipt comes, the sender sends the same nonce again. It is stored once.
-# 4. A reader that comes back says the last number it has, and what it missed is
-#    replayed. A gap is visible to any client that can count.
+# 3. If no receipt comes, the client retries with the same nonce. The retry is
+#    idempotent: the message is stored once.
+# 4. A client that reconnects sends the last number it has. The server replays the
+#    messages after it. A client that counts can detect any gap.
 # ------------------------------------------------------------------------------
-PING = 30  # seconds; a connection that is silent for half of that afterwards is cut
-HEARTBEAT = 20  # seconds between events that tell a page that its connection works
-GRACE = 2  # seconds for which a name that has gone still counts: time to reload
-PAUSE = 0.5  # seconds at least between two writes of presence, when names change
-RENEWAL = 15  # seconds between two writes of presence, when they do not
+PING = 30  # seconds between pings; without a pong within 15, we disconnect
+HEARTBEAT = 20  # seconds between events that show a page that it is connected
+GRACE = 2  # seconds a name stays online after it has gone: time to reload
+PAUSE = 0.5  # shortest time between two presence writes, in seconds
+RENEWAL = 15  # longest time between two presence writes, in seconds
 # Turns of the event loop from a batch's first frame to its flush. Measured: with one
 # turn, a delivery under load costs 45 % more; a timer of 1 ms adds 1.4 ms to a message.
 TURNS = 6
@@ -988,15 +1011,14 @@ def to_event(message: dict) -> dict:
     return event | {"text": message["text"], "time": moment, "nonce": message["nonce"]}
 
 
-to_json = json.JSONEncoder(
-    ensure_ascii=False
-).encode  # `json.dumps` makes one each time
+# Create one encoder: with options, `json.dumps` would create one per call.
+to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def encode_frame(event: dict) -> bytes:
-    """Make a whole text frame (RFC 6455, 5.2).
+    """Encode an event as a complete text frame (RFC 6455, 5.2).
 
-    A server does not mask its frames, so the same bytes are right for every reader.
+    Servers don't mask frames, so the same bytes serve every connection.
     """
     try:
         payload = to_json(event).encode()
@@ -1020,10 +1042,10 @@ class History:
         self.last_stored = 0  # the newest number that was saved here; it may be ahead
 
     def load(self, messages: list[dict]) -> list[dict]:
-        """Replace everything by what is stored, and return the events that differ.
+        """Replace the history with what is stored, and return the events that differ.
 
-        If a foreign document takes the place of a number, or an operator deleted the
-        message, the number becomes a removed message. So no page ever sees a gap.
+        A number is missing if a foreign document has it, or if an operator deleted the
+        message. Show it as a removed message, so that no page ever sees a gap.
         """
         known, self.events = self.events, {}
         stored = {message["_id"]: to_event(message) for message in messages}
@@ -1031,18 +1053,17 @@ class History:
         event = stored.get(first)
         for number in range(max(first, last - HISTORY_SIZE + 1), last + 1):
             blank = {"id": number, "user": "", "text": "", "nonce": ""}
-            event = stored.get(number) or event | blank
+            event = stored.get(number) or event | blank  # with the time of the last one
             self.events[number] = event
         self.receipts = {(m["user_id"], m["nonce"]): m["_id"] for m in messages}
         self.last_broadcast = self.last_stored = last
         return [e for number, e in self.events.items() if known.get(number) != e]
 
     def add(self, message: dict) -> dict | None:
-        """Take a message from the stream. Return its event, or None if it is known.
+        """Add a message from the stream. Return its event, or None if it is known.
 
-        The next number is the normal case. A number up to the last one is known, or an
-        operator has blanked it. A later one means that we missed a change: raises
-        StreamBroken.
+        Usually it has the next number. A lower number is known, or its message has been
+        blanked. A higher number means that we missed a change: raises StreamBroken.
         """
         event, number = to_event(message), message["_id"]
         if number > self.last_broadcast + 1:
@@ -1069,10 +1090,10 @@ class History:
 
 
 class Online:
-    """Who is online: the union of the names that all processes have written.
+    """Track who is online: the union of the names that all processes have written.
 
-    A name that has gone counts for GRACE seconds more, whatever the reason. That is one
-    rule for a reload, a move to another process, a restart, and an outage.
+    A name that has gone counts for GRACE seconds more. This one rule covers a reload, a
+    move to another process, a restart, and an outage.
     """
 
     def __init__(self) -> None:
@@ -1104,8 +1125,8 @@ class Connection:
     def write(self, frames: bytes, limit: int) -> None:
         """Write without waiting for the reader.
 
-        What the reader does not take piles up in this process. Above `limit` bytes, cut
-        it off: it gets everything when it comes back.
+        Unsent bytes pile up in this process. Above `limit`, disconnect the reader: when
+        it reconnects, the replay sends what it missed.
         """
         if self.transport.get_write_buffer_size() > limit:
             self.transport.abort()
@@ -1120,17 +1141,17 @@ class Room:
         self.db, self.settings = db, settings
         self.history, self.online = History(), Online()
         self.connections: set[Connection] = set()
-        self.deleted: set[ObjectId] = set()  # accounts, just now
+        self.deleted: set[ObjectId] = set()  # accounts deleted within DEADLINE
         self.bucket = make_buckets(settings.MESSAGES_PER_SECOND, settings.MESSAGE_BURST)
         self.saving = asyncio.Lock()
         self.frames: list[bytes] = []  # waiting for the next flush
 
     # --- Entering and leaving ---
     def register(self, connection: Connection) -> None:
-        """Add a connection before it is open. Raises HTTPTooManyRequests.
+        """Add a connection before its handshake, so that it counts toward the limit.
 
-        Don't await between counting and adding, or two handshakes at once would both
-        find the last free place.
+        Don't await between counting and adding, or two handshakes could both take the
+        last free place. Raises HTTPTooManyRequests or HTTPForbidden.
         """
         user_id, limit = connection.user["_id"], self.settings.CONNECTIONS_PER_PERSON
         if user_id in self.deleted:
@@ -1146,10 +1167,9 @@ class Room:
     def join(self, connection: Connection) -> None:
         """Make a connection live and welcome it.
 
-        Don't await between the end of the replay and `live`, or it would miss what is
-        broadcast meanwhile. Flush first: this connection has just been replayed what
-        waits in `frames`. Then send the removed messages once more, since one of them
-        may have been removed after its replay.
+        Don't await between the end of the replay and `live`, or this connection would
+        miss broadcasts. Flush first: the replay has sent what waits in `frames`. Then
+        send removed messages again: one may have been removed after its replay.
         """
         self.flush()
         connection.live = True
@@ -1167,13 +1187,13 @@ class Room:
 
     # --- Messages in ---
     async def post(self, user: dict, text: str, nonce: str) -> int:
-        """Store a message and return its number; a repeated one keeps its number.
+        """Store a message and return its number. A retry returns the same number.
 
-        Raises DATABASE_ERRORS: then it may be stored or not, and the sender finds out
-        by sending it again with the same nonce.
+        After DATABASE_ERRORS, the message may or may not be stored. The client finds
+        out when it retries with the same nonce.
         """
         history = self.history
-        async with self.saving:  # two at once would only compete for the number
+        async with self.saving:  # two inserts would race for the same number
             if number := history.receipts.get((user["_id"], nonce)):
                 return number
             last = max(history.last_broadcast, history.last_stored)
@@ -1189,12 +1209,12 @@ class Room:
         connection.write(frames, self.settings.MAX_UNSENT_BYTES)
 
     def broadcast(self, event: dict) -> None:
-        """Send an event to all live connections, soon, without waiting for any of them.
+        """Queue an event for all live connections, without waiting for any of them.
 
         A write is a system call of about 5 µs; the rest of a delivery costs less than
-        one. So encode the frame once for all readers, and let it wait some turns of the
-        event loop for frames that are about to come. They are sent together, with one
-        write per connection.
+        1 µs. So encode the frame once for all readers, and hold it for TURNS turns of
+        the event loop. Frames that arrive meanwhile are sent with it, in one write per
+        connection.
         """
         self.frames.append(encode_frame(event))
         if len(self.frames) == 1:
@@ -1207,16 +1227,18 @@ class Room:
     def flush(self) -> None:
         frames, limit = b"".join(self.frames), self.settings.MAX_UNSENT_BYTES
         self.frames.clear()
+        # `abort` only schedules the disconnect, so the set does not change meanwhile.
         for connection in self.connections if frames else ():
             if connection.live:
                 connection.write(frames, limit)
 
 
 async def close(connections: list[Connection], code: int) -> None:
-    """Close connections with a code, all at the same time.
+    """Close connections concurrently, with a close code.
 
-    Don't drain, that is, wait until the readers have taken everything: a stalled reader
-    would block us. Give them a second, then drop what is still unread.
+    Don't drain (wait until everything is sent): a stalled reader would block us. Give
+    readers a second, then drop what is unsent. A connection that is still in its
+    handshake cannot send a close frame; it is aborted.
     """
     closing = [c.ws.close(code=code, drain=False) for c in connections]
     await asyncio.gather(*closing, return_exceptions=True)
@@ -1229,9 +1251,9 @@ async def close(connections: list[Connection], code: int) -> None:
 
 
 class Follower:
-    """Follow the database and tell the room.
+    """Follow the database and inform the room.
 
-    There is no other path to a broadcast, so all processes tell the same.
+    No message is broadcast any other way, so all processes broadcast the same.
     """
 
     def __init__(self, room: Room) -> None:
@@ -1244,8 +1266,8 @@ class Follower:
     async def follow(self) -> None:
         """Turn changes into broadcasts, for as long as the application runs.
 
-        Whatever breaks: open the stream again, read what is there, and follow. Do it at
-        once the first time, and then once a second.
+        After a database error, reopen the stream, reread, and follow. The first retry
+        is immediate; later ones are a second apart, until a change arrives.
         """
         pause = 0
         while True:
@@ -1263,8 +1285,8 @@ class Follower:
     async def catch_up(self) -> None:
         """Read what was written before the stream was open, and broadcast what differs.
 
-        What is written while we read comes again in the stream. That does no harm: its
-        number is known by then.
+        A write during this read comes again in the stream. `History.add` then skips it,
+        because it knows the number.
         """
         messages, room = Message(self.db), self.room
         for event in room.history.load(await messages.newest(HISTORY_SIZE)):
@@ -1296,18 +1318,19 @@ class Follower:
         """End the connections of a deleted account, even if they are still opening."""
         deleted, connections = self.room.deleted, self.room.of(user_id)
         deleted.add(user_id)
-        # Then forget it: a restore of the database may bring the account back.
+        # For DEADLINE, a request may still hold a user read before the deletion. Then
+        # forget the id: a restore of the database may bring the account back.
         asyncio.get_running_loop().call_later(DEADLINE, deleted.discard, user_id)
         task = asyncio.create_task(close(connections, WSCloseCode.POLICY_VIOLATION))
-        self.expelling.add(task)  # or it could be collected before it is done
+        self.expelling.add(task)  # or it could be garbage-collected too soon
         task.add_done_callback(self.expelling.discard)
 
     # --- Presence ---
     def hear_names(self, process: ObjectId, entry: dict | None) -> None:
-        """Take the names that a process has written; None if its entry is gone."""
+        """Update a process's names. `entry` is None if its document is gone."""
         names = entry.get("names") if entry else []
         if process == self.process and names != self.room.names():
-            self.written = None  # ours is gone, or an old write landed late: repeat it
+            self.written = None  # gone, or overwritten by a late write: rewrite it
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             return pass_over("processes", process)
         self.room.online.processes[process] = set(names)
@@ -1321,10 +1344,10 @@ class Follower:
 
 
 async def keep_presence(follower: Follower) -> None:
-    """Announce who came and who left; write our people's names, and renew them.
+    """Announce who joined and who left; write our users' names, and renew them.
 
-    Do it a few times a second, not once per connection: then a crowd that joins costs a
-    single write.
+    Write at most every PAUSE seconds, not per connection: then a crowd that joins costs
+    a single write.
     """
     room, renewed = follower.room, 0.0
     while True:
@@ -1340,7 +1363,10 @@ async def keep_presence(follower: Follower) -> None:
 
 
 async def keep_alive(room: Room) -> None:
-    """Tell pages that their connection works, and the newest number."""
+    """Send heartbeats: proof that the connection works, and the newest number.
+
+    WebSocket pings are not enough: browsers hide them from the page.
+    """
     while True:
         await asyncio.sleep(HEARTBEAT)
         last = room.history.last_broadcast
@@ -1348,7 +1374,7 @@ async def keep_alive(room: Room) -> None:
 
 
 class WebSocket(Page):
-    """Replay what was missed, welcome, then take messages until the socket closes."""
+    """Replay missed messages, send the welcome, and receive until the socket closes."""
 
     async def get(self) -> web.WebSocketResponse:
         after, room = read_number(self.request, "after"), self.request.app[ROOM]
@@ -1357,7 +1383,7 @@ class WebSocket(Page):
             autoping=False,  # a client's ping costs a token, like any frame
             timeout=1,  # seconds that closing waits for the other side
             compress=False,  # a compressor per reader would halve the speed
-            # JSON may write a character as 12: twice \uXXXX. Above that: 1009.
+            # A character may take 12 bytes: \uXXXX twice. A larger frame ends in 1009.
             max_msg_size=12 * room.settings.MAX_MESSAGE_LENGTH + 1_024,
         )
         connection = Connection(ws, self.request.transport, self.request[USER])
@@ -1374,7 +1400,10 @@ class WebSocket(Page):
         return ws
 
     async def replay(self, connection: Connection, after: int | None) -> None:
-        """Send what came after a number, at the reader's pace, until none is left."""
+        """Send messages after a number until none is left, with backpressure.
+
+        Copy the list: the history changes while we send. The outer loop sends the rest.
+        """
         history = self.request.app[ROOM].history
         while after is not None and after < history.last_broadcast:
             for event in [e for number, e in history.events.items() if number > after]:
@@ -1382,10 +1411,10 @@ class WebSocket(Page):
                 after = event["id"]
 
     async def receive(self, connection: Connection) -> None:
-        """Read frames as fast as the limit allows: each costs its person one token.
+        """Read frames no faster than the limit allows: each costs its user one token.
 
-        The limit is how fast we read. TCP holds a faster sender back (backpressure). So
-        no frame is refused for coming too fast, and a flood delays only its sender.
+        Limit by reading slowly: TCP then holds a faster sender back (backpressure). So
+        no frame is rejected for coming too fast, and a flood delays only its sender.
         """
         room = self.request.app[ROOM]
         bucket = room.bucket(connection.user["_id"])
@@ -1418,7 +1447,7 @@ class WebSocket(Page):
 
 
 def read_event(frame) -> dict:
-    """Return the JSON object in a text frame; an empty one if there is none."""
+    """Parse the JSON object in a text frame. Return {} for anything else."""
     try:
         event = json.loads(frame.data if frame.type is WSMsgType.TEXT else "")
     except (ValueError, RecursionError):
@@ -1427,7 +1456,7 @@ def read_event(frame) -> dict:
 
 
 def validate_event(event: dict, max_length: int) -> str | None:
-    """Return the code of what is wrong with a client's event, if anything is."""
+    """Return the error code for a client's event, or None if it is valid."""
     text, nonce = event.get("text"), event.get("nonce")
     if event.get("type") != "message" or not isinstance(text, str):
         return "bad_event"
@@ -1442,7 +1471,7 @@ def validate_event(event: dict, max_length: int) -> str | None:
     return "empty" if is_blank(text) else None
 
 
-# These letters and symbols show as nothing, like separators and control characters.
+# These render as nothing, although Unicode calls them letters, marks or symbols.
 INVISIBLE = set("\u034f\u115f\u1160\u17b4\u17b5\u2065\u2800\u3164\uffa0")
 INVISIBLE |= {chr(n) for n in (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10))}
 INVISIBLE |= {chr(n) for n in (*range(0xFFF0, 0xFFF9), *range(0xE0000, 0xE1000))}
@@ -1454,7 +1483,7 @@ def is_blank(text: str) -> bool:
 
 
 def error_event(code: str, event: dict) -> dict:
-    """Say what is wrong, with the nonce if there is one: it tells which message."""
+    """Make an error event. Its nonce, if any, tells which message failed."""
     nonce = {"nonce": event["nonce"]} if isinstance(event.get("nonce"), str) else {}
     return {"type": "error", "code": code, "text": ERRORS[code]} | nonce
 
@@ -1462,8 +1491,8 @@ def error_event(code: str, event: dict) -> dict:
 # ------------------------------------------------------------------------------
 # 6. Routes and static
 #
-# Explicit, in one table: path, handler, name. The rest of the code refers to routes by
-# name, so a path can change.
+# All routes are in one table: path, handler, name. The rest of the code refers to
+# routes by name, so a path can change.
 # ------------------------------------------------------------------------------
 ROUTES = [
     ("/", ChatList, "main"),
@@ -1478,9 +1507,10 @@ POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancesto
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Allow scripts and styles from our own files only, and frames of our own pages.
+    """Restrict scripts and styles to our own files, and framing to our own pages.
 
-    Without ORIGIN, other ports of the same host may frame us too: a notebook does.
+    Without ORIGIN, pages on other ports of this host may frame us too: a notebook does.
+    Don't let browsers store pages, or Back would show messages after signing out.
     """
     if response.status == 101:
         return  # a WebSocket isn't a page, and would hold these in memory
@@ -1503,9 +1533,9 @@ def add_routes(app: web.Application) -> None:
 # ------------------------------------------------------------------------------
 # 7. Startup and shutdown
 #
-# What starts before the first request ends after the last one, in reverse: a
-# `cleanup_ctx` has both halves in one function, around its `yield`. At the end aiohttp
-# stops listening, runs `on_shutdown`, waits for handlers, and resumes at the yields.
+# A `cleanup_ctx` function starts something before its `yield`, and stops it after.
+# aiohttp runs the first halves in order, and the second ones in reverse. To shut down,
+# it stops listening, runs `on_shutdown`, waits for handlers, and runs second halves.
 # ------------------------------------------------------------------------------
 async def run_database(app: web.Application) -> AsyncIterator[None]:
     app[DATABASE] = await open_database(app[SETTINGS])
@@ -1525,7 +1555,7 @@ async def run_room(app: web.Application) -> AsyncIterator[None]:
         await with_deadline(follower.caught_up.wait())
         yield
     except TimeoutError:
-        raise CannotStart("The database does not let us follow its changes.") from None
+        raise CannotStart("The stream of changes did not open in time.") from None
     finally:
         for task in tasks:
             task.cancel()
@@ -1542,7 +1572,7 @@ def report(app: web.Application, task: asyncio.Task) -> None:
     Otherwise the room would fall silent, and the log would not say why.
     """
     if not task.cancelled() and task.exception():
-        log.critical("A task ended by an error.", exc_info=task.exception())
+        log.critical("A background task failed.", exc_info=task.exception())
         app[STOP](1)
 
 
@@ -1551,9 +1581,9 @@ async def close_room(app: web.Application) -> None:
 
 
 class OncePerMinute(logging.Filter):
-    """Let the same line through once a minute, and say others' faults in one line.
+    """Log a repeated line once a minute, and external faults without a traceback.
 
-    Others are clients that send garbage, and a system or a database that refuses.
+    External faults are a client's garbage, and errors of the system or the database.
     """
 
     def __init__(self) -> None:
@@ -1564,6 +1594,7 @@ class OncePerMinute(logging.Filter):
         error = record.exc_info and record.exc_info[1]
         if error and not isinstance(error, (*MALFORMED, OSError, PyMongoError)):
             return True  # a fault of ours, with its traceback
+        # Compare templates, not texts: a client's values must not make each line new.
         kind, now = str(record.msg).partition("\n")[0], time.monotonic()
         if now < self.silent_until.get(kind, 0):
             return False
@@ -1587,7 +1618,7 @@ def init_app(settings: Settings | None = None) -> web.Application:
         middlewares=[own_origin, session, db_handler, authorize],
         client_max_size=16_384,  # bytes of a form
         handler_args={
-            "max_field_size": 65_536,  # other applications on localhost leave cookies
+            "max_field_size": 65_536,  # bytes: all of localhost shares cookies
             "lingering_time": 1,  # seconds to read on after an early answer
         },
     )
@@ -1614,7 +1645,8 @@ def make_storage(settings: Settings) -> EncryptedCookieStorage:
     options = {"max_age": 14 * 24 * 60 * 60}  # seconds
     if not settings.MONGO_HOST:
         options = {"cookie_name": f"CHAT_{settings.PORT or secrets.token_hex(4)}"}
-    # An environment may hold bytes that are no UTF-8: they come as surrogates.
+    # The environment may hold bytes that aren't UTF-8; Python reads them as surrogates.
+    # SHA-256 only fits the key to 32 bytes: it does not strengthen a weak SECRET_KEY.
     key = settings.SECRET_KEY.encode(errors="surrogateescape") or secrets.token_bytes()
     return EncryptedCookieStorage(
         hashlib.sha256(key).digest(),
@@ -1664,7 +1696,7 @@ def run(settings: Settings) -> None:
 
 
 def raise_descriptor_limit() -> None:
-    """Allow as many connections as the system lets us: macOS starts with 256 files."""
+    """Raise the limit on open files, one per connection: macOS starts with 256."""
     with suppress(ImportError, ValueError, OSError):  # Windows has no such limit
         import resource
 
@@ -1674,7 +1706,7 @@ def raise_descriptor_limit() -> None:
 
 
 def print_addresses(text: str) -> None:
-    """Print where the chat runs; for 0.0.0.0 also the address that others can type."""
+    """Print the chat's address and, for 0.0.0.0, one that other machines can reach."""
     print(text)
     if port := re.search(r"//0\.0\.0\.0:(\d+)", text):
         print(f"From other machines: http://{own_address()}:{port[1]}")

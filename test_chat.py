@@ -1055,12 +1055,25 @@ async def test_queue_of_those_who_wait_for_a_hash_has_its_bound(
     for response in await asyncio.gather(late, login):
         page = await response.text()
         assert (response.status, response.headers["Retry-After"]) == (503, "3")
-        assert "Too many people sign in" in field_error(page, "login")
+        assert "Too many people are signing in" in field_error(page, "login")
         assert 'value="bob"' in page and PASSWORD not in page
     go_on.set()
     assert (await ann).url.path == "/"
     monkeypatch.setattr(chat, "HASH_WAIT", 10)
     assert (await visitors[1].post("/signin", data=form("bob"))).url.path == "/"
+
+
+async def test_hash_that_has_begun_is_finished(serve, monkeypatch):
+    """A slow machine answers late, but not in vain."""
+    monkeypatch.setattr(chat, "HASH_WAIT", 1)
+    first, go_on = start_hashing(monkeypatch)
+    server = await serve(chat.Settings())
+    visitor = await server.visitor()
+    ann = asyncio.create_task(visitor.post("/signin", data=form("ann")))
+    await asyncio.to_thread(first.wait)
+    await asyncio.sleep(1.2)
+    go_on.set()
+    assert (await ann).url.path == "/"
 
 
 async def test_who_has_hung_up_is_not_hashed_for(serve, monkeypatch):
@@ -2296,7 +2309,7 @@ def test_task_that_fails_is_logged_and_ends_the_process(start, tmp_path):
     script.write_text(f"import chat\n{fault}\nchat.main()\n")
     code, output, errors = start(script).end()
     assert code == 1 and "CTRL+C" in output
-    assert errors.count("A task ended by an error.") == 1
+    assert errors.count("A background task failed.") == 1
     assert "in keep_alive" in errors and "TypeError" in errors
 
 
@@ -2319,13 +2332,29 @@ async def test_every_background_task_is_watched(serve, monkeypatch, caplog, name
     assert not server.closed
 
 
+async def test_index_that_cannot_be_created_again_is_told_and_the_room_goes_on(
+    serve, mongodb, caplog
+):
+    """As after a restore that holds two users of one name."""
+    server = await serve(on(mongodb))
+    ws = await connect(await sign_in(server))
+    with pymongo.MongoClient(mongodb) as client:
+        db = client[server.app[chat.SETTINGS].MONGO_DB_NAME]
+        db.users.drop_index("unique name_key")
+        db.users.insert_many([{"name_key": "twin"}, {"name_key": "twin"}])
+        db.drop_collection("processes")  # which breaks the stream
+    await until(lambda: "An index could not be created: " in caplog.text)
+    assert "duplicate key" in caplog.text
+    assert (await say(ws, "still here"))["text"] == "still here"
+
+
 async def test_database_that_cannot_be_followed_ends_the_start(mongodb, monkeypatch):
     """As for a user who may read and write, and not watch."""
     monkeypatch.setattr(chat, "PIPELINE", [{"$match": {"$nonsense": 1}}])
     monkeypatch.setattr(chat, "DEADLINE", 2)
     before = asyncio.all_tasks()
     runner = chat.web.AppRunner(chat.init_app(on(mongodb)))
-    with pytest.raises(chat.CannotStart, match="follow its changes"):
+    with pytest.raises(chat.CannotStart, match="did not open in time"):
         await runner.setup()
     await runner.cleanup()
     assert asyncio.all_tasks() == before

@@ -317,7 +317,7 @@ async def test_names_of_the_notebooks_people_are_taken_before_anybody_can(shared
     form = {"login": "Ann", "password": "my password", "password2": "my password"}
     status, page = await visitor.post("/signin", **form)
     assert status == 422
-    assert "Somebody has this already." in page
+    assert "Another user has this already." in page
     await server.join("ann")
 
 
