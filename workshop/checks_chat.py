@@ -468,15 +468,16 @@ async def until(condition, seconds: float = 3) -> None:
 # --- 7. Startup and shutdown ---
 @repair
 async def told(mine) -> None:
-    async with contextlib.AsyncExitStack() as stack:
-        server = await stack.enter_async_context(serving(mine))
-        ann = await server.join("ann")
-        server.people.clear()  # nobody leaves by themselves
-        start = time.perf_counter()
-    took = time.perf_counter() - start
-    await ann.reader
-    code = ann.ws.close_code
-    await ann.close()
+    async with contextlib.AsyncExitStack() as end:
+        async with contextlib.AsyncExitStack() as stack:
+            server = await stack.enter_async_context(serving(mine))
+            ann = await server.join("ann")
+            server.people.clear()  # nobody leaves by themselves
+            end.push_async_callback(ann.close)
+            start = time.perf_counter()
+        took = time.perf_counter() - start
+        await ann.reader
+        code = ann.ws.close_code
     slow = f"It took {took:.1f} s to stop, and Ann's side notes {code}: no goodbye."
     need(code == 1001, slow)
     need(took < 1.5, f"It took {took:.1f} s to stop.")

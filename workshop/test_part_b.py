@@ -222,7 +222,7 @@ WRONG_ATTEMPTS = [
     ("private", "wrong or not", "not", "1,009 characters passes"),
     ("clock", r"token_hex\(\)", '"n-1"', "It speaks once only"),
     ("clock", "(?s)    task.cancel.*", "", "a task of yours still runs"),
-    ("clock", r"sleep\(1\)", "sleep(2)", "2.0 s passed, not 1"),
+    ("clock", r"sleep\(1\)", "sleep(2)", "Between two messages 2."),
     ("clock", r"sleep\(1\)", "sleep(0.01)", "s passed, not 1"),
     ("clock", "await app", "app", f"`post` {NEVER}"),
     ("clock", ".*sleep.*\n", "", "0.0 s passed, not 1"),
