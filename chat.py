@@ -174,9 +174,7 @@ async def own_origin(request: web.Request, handler) -> web.StreamResponse:
     Otherwise another site's page could post our forms with the visitor's cookie (CSRF).
     It could also read our WebSocket, because the same-origin policy does not apply to
     WebSockets. Browsers send Origin with both. A client that sends none isn't a
-    browser, so it carries no victim's cookie.
-
-    With ORIGIN, don't check Host: a proxy may rewrite it.
+    browser, so it carries no victim's cookie. With ORIGIN, a proxy may rewrite Host.
     """
     own, origin = request.app[SETTINGS].ORIGIN, request.headers.get("Origin")
     if not own:
@@ -1393,7 +1391,7 @@ class WebSocket(Page):
             await self.replay(connection, after)
             room.join(connection)
             await self.receive(connection)
-        except ConnectionResetError:
+        except ConnectionError:
             pass  # the other side went while we sent
         finally:
             room.leave(connection)
@@ -1572,7 +1570,7 @@ def report(app: web.Application, task: asyncio.Task) -> None:
     Otherwise the room would fall silent, and the log would not say why.
     """
     if not task.cancelled() and task.exception():
-        log.critical("A background task failed.", exc_info=task.exception())
+        log.critical("A background task failed", exc_info=task.exception())
         app[STOP](1)
 
 

@@ -1982,14 +1982,14 @@ async def test_two_tabs_see_each_message_once(server):
     assert [(await read(tabs[1], "message"))["id"] for _ in range(5)] == [1, 2, 3, 4, 5]
 
 
-async def stall(server, session):
+async def stall(server, session, path="/ws"):
     """Open a WebSocket that never reads, with as little room as the kernel allows."""
     (cookie,) = session.cookie_jar
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     sock.connect(("127.0.0.1", server.port))
     request = (
-        "GET /ws HTTP/1.1\r\nHost: localhost\r\n"
+        f"GET {path} HTTP/1.1\r\nHost: localhost\r\n"
         "Upgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + 22 * "x" + "==\r\n"
         f"Cookie: {cookie.key}={cookie.value}\r\n\r\n"
@@ -2026,10 +2026,32 @@ async def test_reader_that_stops_during_the_replay_delays_nobody(serve):
     for number in range(300):
         await room.post(user, "😀" * 10_000, f"{number}")
     await until(lambda: room.history.last_broadcast == 300)
-    with await stall(server, bob.session):
+    with await stall(server, bob.session, "/ws?after=0"):
+        await until(lambda: len(room.connections) == 1)
         ws = await connect(ann, after=0)
         assert len(ws.replayed) == 300
         assert (await say(ws, "next"))["id"] == 301
+        assert len(room.connections) == 2
+
+
+async def test_reader_that_is_gone_in_the_middle_of_its_replay_is_no_error(
+    serve, caplog
+):
+    server = await serve(chat.Settings(MAX_MESSAGE_LENGTH=10_000))
+    room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
+    for number in range(300):
+        await room.post(user, "😀" * 10_000, f"{number}")
+    await until(lambda: room.history.last_broadcast == 300)
+    bob = await sign_in(server, "bob")
+    with await stall(server, bob.session, "/ws?after=0") as reader:
+        await until(lambda: stalled_bytes(room) > 10_000)
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    await until(lambda: not room.connections)
+    assert caplog.text == ""
+
+
+def stalled_bytes(room):
+    return sum(c.transport.get_write_buffer_size() for c in room.connections)
 
 
 def test_frame_is_what_the_protocol_says():
@@ -2309,7 +2331,7 @@ def test_task_that_fails_is_logged_and_ends_the_process(start, tmp_path):
     script.write_text(f"import chat\n{fault}\nchat.main()\n")
     code, output, errors = start(script).end()
     assert code == 1 and "CTRL+C" in output
-    assert errors.count("A background task failed.") == 1
+    assert errors.count("A background task failed") == 1
     assert "in keep_alive" in errors and "TypeError" in errors
 
 

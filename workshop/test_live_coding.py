@@ -40,7 +40,12 @@ async def projector(request, tmp_path):
                 copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
                 copy(HERE / name, tmp_path / name)
             port = unused_port()
-            environment = clean_environment() | {"PORT": str(port)}
+            # Coverage is about the chat itself, not about copies of it.
+            environment = {
+                name: value
+                for name, value in clean_environment().items()
+                if not name.startswith("COV")
+            } | {"PORT": str(port)}
             if not in_memory:
                 environment["MONGO_HOST"] = request.getfixturevalue("mongodb")
                 environment["MONGO_DB_NAME"] = f"test-{ObjectId()}"

@@ -156,7 +156,12 @@ WRONG_ATTEMPTS = [
     ("timing", "await handler", "handler", f"`handler` {NEVER}"),
     ("timing", "total;dur=", "", "it should be like total;dur=1.5"),
     ("notify", r"put_nowait\(change\)", "put(change)", f"`put` {NEVER}"),
-    ("notify", r"\(change\)", "(result)", "The chat complained: A task ended"),
+    (
+        "notify",
+        r"\(change\)",
+        "(result)",
+        "The chat complained: A background task failed",
+    ),
     ("notify", r"self\.queue.*\(change\)", "pass", "Bob hears nothing"),
     ("search", r"re\.escape\(text\)", "text", "What people type is text"),
     ("search", r', "\$options": "i"', "", "any case will do"),
