@@ -557,7 +557,8 @@ def is_message(document: dict) -> bool:
     """Tell our documents from foreign ones, such as `_id: 2.0`, which equals 2."""
     types = {"_id": int, "user_id": ObjectId, "user": str, "text": str, "nonce": str}
     types["time"] = datetime
-    return all(isinstance(document.get(name), kind) for name, kind in types.items())
+    ours = all(isinstance(document.get(name), kind) for name, kind in types.items())
+    return ours and document["_id"] is not True  # in Python, True is an int
 
 
 class Message(Model):
