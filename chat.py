@@ -558,7 +558,8 @@ def is_message(document: dict) -> bool:
     types = {"_id": int, "user_id": ObjectId, "user": str, "text": str, "nonce": str}
     types["time"] = datetime
     ours = all(isinstance(document.get(name), kind) for name, kind in types.items())
-    return ours and document["_id"] is not True  # in Python, True is an int
+    # In Python, True and False are ints, too.
+    return ours and not isinstance(document["_id"], bool) and document["_id"] > 0
 
 
 class Message(Model):
