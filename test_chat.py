@@ -2137,9 +2137,9 @@ class Recorder:
 async def test_connection_that_is_closing_gets_nothing_after_the_close_frame(serve):
     server = await serve(chat.Settings())
     ann = await sign_in(server)
-    ws, other = await connect(ann), await connect(ann)
-    room = server.app[chat.ROOM]
-    mine = next(iter(room.connections))
+    room, ws = server.app[chat.ROOM], await connect(ann)
+    (mine,) = room.connections
+    other = await connect(ann)
     code = asyncio.create_task(closed(ws))
     closing = asyncio.create_task(mine.ws.close(code=1001, drain=False))
     await asyncio.sleep(0)  # the close frame is out, the connection still in the room
