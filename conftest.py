@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -229,11 +230,15 @@ class Process:
             text=True,
         )
 
-    def wait_until_ready(self):
+    def wait_until_ready(self, seconds=60):
+        """Read what it says until it serves; kill it if it does not say so in time."""
+        deadline = threading.Timer(seconds, self.process.kill)
+        deadline.start()
         while "CTRL+C" not in "".join(self.lines):
             line = self.process.stdout.readline()
             assert line, self.process.stderr.read()
             self.lines.append(line)
+        deadline.cancel()
         self.port = int(re.search(r"http://\S+:(\d+)", "".join(self.lines))[1])
         return self
 

@@ -1630,6 +1630,28 @@ async def test_newcomer_hears_everything_after_what_welcome_names(server):
     await talking
 
 
+async def test_message_broadcast_during_a_replay_is_replayed_as_well(
+    server, monkeypatch
+):
+    """Sending waits for a slow reader; the room goes on meanwhile."""
+    ann = await sign_in(server)
+    room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "bob"}
+    await room.post(user, "1", "n1")
+    await until(lambda: room.history.last_broadcast == 1)
+    send_json = chat.web.WebSocketResponse.send_json
+
+    async def send_slowly(ws, event):
+        if (number := event["id"]) < 4:
+            await room.post(user, f"{number + 1}", f"n{number + 1}")
+            await until(lambda: room.history.last_broadcast > number)
+        await send_json(ws, event)
+
+    monkeypatch.setattr(chat.web.WebSocketResponse, "send_json", send_slowly)
+    ws = await connect(ann, after=0)
+    assert [event["id"] for event in ws.replayed] == [1, 2, 3, 4]
+    assert ws.welcome["last"] == 4
+
+
 async def test_message_broadcast_at_the_end_of_a_replay_comes_once(server, monkeypatch):
     """It is in the history by then, and waits for the next flush."""
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
