@@ -66,7 +66,7 @@ def test_environment_wins_over_env_file(monkeypatch, tmp_path):
     assert settings.DEBUG is True
 
 
-def test_env_file_may_hold_other_peoples_settings_and_a_byte_order_mark(tmp_path):
+def test_env_file_may_hold_unknown_settings_and_a_byte_order_mark(tmp_path):
     text = "\ufeffPORT=1234\nEDITOR=vi\n# a comment\n\nMONGO_DB_NAME='in quotes'\n"
     (tmp_path / ".env").write_text(text.replace("in quotes", "quoted"))
     settings = chat.Settings(_env_file=tmp_path / ".env")
@@ -135,7 +135,9 @@ def test_all_wrong_settings_are_told_at_once_and_none_with_a_password(start):
     assert "s3cret" not in errors
 
 
-def test_env_file_that_is_no_text_is_one_clear_line(monkeypatch, capsys, tmp_path):
+def test_env_file_with_other_bytes_than_text_is_one_clear_line(
+    monkeypatch, capsys, tmp_path
+):
     (tmp_path / ".env").write_bytes(b"PORT=\xff\xfe")
     monkeypatch.setitem(chat.Settings.model_config, "env_file", tmp_path / ".env")
     with pytest.raises(SystemExit, match="2"):
@@ -185,7 +187,7 @@ async def test_anonymous_visitor_is_sent_to_login(server):
         assert (response.status, response.headers["Location"]) == (303, "/login")
 
 
-async def test_unknown_url_is_not_found_for_everybody(server):
+async def test_unknown_url_is_a_404_with_and_without_a_session(server):
     for visitor in (await server.visitor(), await sign_in(server)):
         for path in "/nothing", "/login/more", "/static/nothing", "/ws/", "/%ff%00":
             assert (await visitor.get(path)).status == 404
@@ -227,7 +229,7 @@ async def test_other_origin_is_refused(server, origin):
     assert (await ann.get("/", headers=headers)).status == 200  # changes nothing
 
 
-async def test_own_origin_may_write_and_who_sends_none(server):
+async def test_own_origin_may_write_and_a_client_that_sends_none(server):
     ann = await sign_in(server)
     own = {"Origin": f"http://127.0.0.1:{server.port}"}
     for headers in own, {}:
@@ -250,8 +252,10 @@ ORIGIN = "https://chat.example"
         {"Host": "evil.example"},
     ],
 )
-async def test_with_origin_set_no_proxy_can_refuse_the_chats_own_people(serve, headers):
-    """What the browser says counts, and nothing that a proxy writes or forgets."""
+async def test_with_origin_set_no_header_of_a_proxy_refuses_the_chats_users(
+    serve, headers
+):
+    """Only the browser's Origin counts, not what a proxy writes or forgets."""
     server = await serve(chat.Settings(ORIGIN=ORIGIN))
     ann = await server.visitor()
     headers = headers | {"Origin": ORIGIN, "Cookie": await session_header(ann)}
@@ -293,7 +297,7 @@ async def test_with_origin_set_every_other_origin_is_refused(serve, caplog, orig
     "host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "",
              "localhost.evil.example",  "127.0.0.1:x", "[::1].evil.example", "a b"]
 )  # fmt: skip
-async def test_without_origin_a_name_that_may_be_a_strangers_is_refused(
+async def test_without_origin_a_host_name_that_others_can_point_is_refused(
     serve, caplog, host
 ):
     """A page of evil.example whose name points at 127.0.0.1 gets nothing."""
@@ -379,7 +383,7 @@ async def test_head_is_answered_wherever_get_is(server):
         assert response.status == status
 
 
-async def test_websocket_is_no_page_and_keeps_no_headers_of_one(server):
+async def test_websocket_response_carries_no_headers_of_a_page(server):
     ann = await sign_in(server)
     headers = (await ann.ws_connect("/ws"))._response.headers
     assert "Content-Security-Policy" not in headers
@@ -497,7 +501,7 @@ async def test_memory_holds_the_newest_messages_only(serve):
 
 
 async def test_write_that_landed_without_an_answer_is_still_told(serve):
-    """As after a deadline: stored, but nobody was told; the next number shows it."""
+    """As after a deadline: stored, but not broadcast; the next number shows it."""
     server = await serve(chat.Settings())
     ws = await connect(await sign_in(server))
     late = {"_id": 1, "user_id": ObjectId(), "user": "bob", "text": "late"}
@@ -564,7 +568,7 @@ FOREIGN_DOCUMENTS = [
 async def test_foreign_documents_are_passed_over_and_numbers_stay_gapless(
     serve, mongodb, caplog, when
 ):
-    """Whatever their shape, in each of our collections, also after a restart."""
+    """Any shape of document, in each of our collections, also after a restart."""
     settings = on(mongodb)
     if when == "before the start":
         await asyncio.to_thread(insert_foreign_documents, settings)
@@ -598,7 +602,7 @@ async def test_foreign_documents_are_passed_over_and_numbers_stay_gapless(
 
 
 def insert_foreign_documents(settings):
-    """As somebody with mongosh would, each where the chat's indexes let it in."""
+    """Insert each as an operator could, if the chat's indexes let it in."""
     with pymongo.MongoClient(settings.MONGO_HOST) as client:
         for name in "messages", "users", "processes":
             for document in FOREIGN_DOCUMENTS:
@@ -618,15 +622,15 @@ def test_history_takes_the_next_number_and_knows_the_ones_it_had():
         assert history.add(message) == chat.to_event(message)
     assert list(history.events) == list(range(6, count + 1))
     assert history.add(messages[-1]) is None  # heard twice: read, then streamed
-    taken_back = messages[0] | {"text": ""}  # told to those who have it, not kept
+    taken_back = messages[0] | {"text": ""}  # broadcast, not kept
     assert history.add(taken_back) == chat.to_event(taken_back)
     assert 1 not in history.events and history.last_broadcast == count
     with pytest.raises(chat.StreamBroken, match=f"{count + 2} came after {count}"):
         history.add(stored(count + 2))
 
 
-async def test_message_taken_back_is_blank_for_everybody(server):
-    """For those who have it, for newcomers, on pages and in replays."""
+async def test_message_taken_back_is_blank_for_every_reader(server):
+    """In open windows, for newcomers, on pages and in replays."""
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
     from_ann, from_bob = await connect(ann), await connect(bob)
     sent = [await say(from_ann, f"text {number}") for number in range(1, 4)]
@@ -742,7 +746,7 @@ async def test_account_deleted_while_the_stream_is_away_is_noticed_later(serve):
 
 
 async def test_presence_is_stamped_by_the_databases_clock(serve, mongodb, monkeypatch):
-    """A host whose clock is wrong loses nobody."""
+    """The users of a host whose clock is wrong stay online."""
 
     class Yesterday(chat.datetime):
         @classmethod
@@ -789,7 +793,7 @@ async def test_conflict_between_indexes_is_reported_as_that(mongodb):
 
 
 async def test_broken_stream_opens_again_in_memory(serve):
-    """With people who have no email, too: they are no duplicates of each other."""
+    """Two users without an email are not duplicates of each other."""
     server = await serve(chat.Settings())
     sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
     for _ in range(2):
@@ -853,7 +857,7 @@ WRONG_NAMES = [
 
 
 @pytest.mark.parametrize("name", WRONG_NAMES)
-async def test_name_that_is_none_is_refused_beside_its_field(serve, name):
+async def test_wrong_name_is_refused_beside_its_field(serve, name):
     visitor = await (await serve(chat.Settings())).visitor()
     response = await visitor.post("/signin", data=form(name, email="a@b.c"))
     page = await response.text()
@@ -931,7 +935,7 @@ async def test_second_click_on_create_account_signs_in(server):
 
 
 async def test_second_click_is_an_attempt_to_sign_in(serve):
-    """Else signing up would be a way to guess passwords without a limit."""
+    """Otherwise the sign-up page would let you guess passwords without a limit."""
     server = await serve(chat.Settings(LOGIN_ATTEMPTS=4))
     await sign_in(server, "ann")
     visitor, statuses = await server.visitor(), []
@@ -945,7 +949,7 @@ async def test_second_click_is_an_attempt_to_sign_in(serve):
     assert (await visitor.post("/login", data=form("Ann"))).status == 429
 
 
-async def test_account_older_than_a_minute_is_nobodys_second_click(serve):
+async def test_signing_up_for_an_older_account_is_no_second_click(serve):
     server = await serve(chat.Settings())
     long_ago = chat.datetime.now(chat.UTC) - chat.timedelta(minutes=2)
     user = {"_id": ObjectId.from_datetime(long_ago), "name": "ann", "name_key": "ann"}
@@ -1040,9 +1044,7 @@ async def test_crowd_that_signs_in_is_hashed_in_turn_and_beside_the_room(
 
 
 @pytest.mark.parametrize("bound", ["in number", "in seconds"])
-async def test_queue_of_those_who_wait_for_a_hash_has_its_bound(
-    serve, monkeypatch, bound
-):
+async def test_queue_for_the_hash_thread_has_its_bound(serve, monkeypatch, bound):
     """Beyond it the form comes back filled, and says when to try again."""
     if bound == "in number":
         monkeypatch.setattr(chat, "HASHES_WAITING", 1)
@@ -1079,7 +1081,7 @@ async def test_hash_that_has_begun_is_finished(serve, monkeypatch):
     assert (await ann).url.path == "/"
 
 
-async def test_who_has_hung_up_is_not_hashed_for(serve, monkeypatch):
+async def test_client_that_has_hung_up_gets_no_hash(serve, monkeypatch):
     first, go_on = start_hashing(monkeypatch)
     server = await serve(chat.Settings())
     ann = asyncio.create_task(sign_in(server, "ann"))
@@ -1237,7 +1239,7 @@ async def raw_request(server, line, *headers, body=b""):
         writer.close()
 
 
-async def test_session_of_a_user_who_is_gone_leads_to_login(server):
+async def test_session_of_a_deleted_user_leads_to_login(server):
     """And an account of the same name, made later, does not inherit the session."""
     ann = await sign_in(server, "ann")
     await server.app[chat.DATABASE].users.delete_one({"name": "ann"})
@@ -1282,7 +1284,7 @@ async def test_two_chats_on_one_host_leave_each_others_sessions_alone(serve):
                 assert response.url.path == "/"
 
 
-async def test_cookies_of_a_dozen_other_applications_are_no_obstacle(serve):
+async def test_cookies_of_a_dozen_other_applications_do_no_harm(serve):
     server = await serve(chat.Settings())
     ann = await sign_in(server)
     (cookie,) = ann.session.cookie_jar
@@ -1428,7 +1430,7 @@ async def test_older_messages_are_on_a_plain_page(server):
 
 
 @pytest.mark.parametrize("number", ["", "x", "-1", "1.5", "٣", "9" * 16, "1 OR 1=1"])
-async def test_number_that_is_none_is_a_clear_400(server, number):
+async def test_wrong_number_in_a_url_is_a_clear_400(server, number):
     ann = await sign_in(server)
     for path, name in ("/", "before"), ("/ws", "after"):
         response = await ann.get(path, params={name: number})
@@ -1477,7 +1479,7 @@ def test_web_addresses_are_links_and_the_rest_is_escaped(text):
 # ==============================================================================
 # 5. WebSocket
 # ==============================================================================
-async def test_message_reaches_everybody_with_all_its_fields(server):
+async def test_message_reaches_every_reader_with_all_its_fields(server):
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
     from_ann, from_bob = await connect(ann), await connect(bob)
     message = await say(from_ann, "  hé <b>\n😀\0\u202e\u200b ", "n1")
@@ -1510,7 +1512,7 @@ async def all_until(nonce, ws):
     return heard
 
 
-async def test_message_that_nobody_has_stored_is_shown_to_nobody(standalone, serve):
+async def test_message_that_is_not_stored_is_never_shown(standalone, serve):
     """Stored first, broadcast second: a message that fails is in no one's log."""
     server = await serve(on(standalone.uri))
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
@@ -1522,14 +1524,14 @@ async def test_message_that_nobody_has_stored_is_shown_to_nobody(standalone, ser
         error = await read(from_ann, "error", "message")
         assert (error["code"], error["nonce"]) == ("not_saved", event["nonce"])
     standalone.start()
-    for event in sent:  # nobody was disconnected; what was kept is sent again
+    for event in sent:  # the connections stayed; send again what got no receipt
         receipt = await send(from_ann, event["text"], event["nonce"])
         assert receipt["type"] == "receipt"
     seen = [(await read(from_bob, "message"))["nonce"] for _ in sent]
     assert seen == ["n0", "n1"]
 
 
-async def test_frozen_database_lets_nobody_wait_for_long(standalone, serve):
+async def test_frozen_database_lets_no_sender_wait_for_long(standalone, serve):
     server = await serve(on(standalone.uri))
     sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
     await say(sockets[0], "before")
@@ -1569,7 +1571,7 @@ async def test_message_sent_on_two_sockets_at_once_is_stored_once(server):
     assert (await say(sockets[0], "next"))["id"] == 2
 
 
-async def test_who_comes_back_gets_what_was_missed_in_order_and_then_welcome(server):
+async def test_returning_reader_gets_missed_messages_in_order_and_then_welcome(server):
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
     from_ann = await connect(ann)
     for number in range(1, 11):
@@ -1583,7 +1585,7 @@ async def test_who_comes_back_gets_what_was_missed_in_order_and_then_welcome(ser
 
 
 async def test_nothing_falls_between_replay_and_live(server):
-    """People come back again and again while somebody talks without a pause."""
+    """Readers come back again and again while one sender never pauses."""
     settings = server.app[chat.SETTINGS]
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
     room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
@@ -1612,7 +1614,7 @@ async def test_nothing_falls_between_replay_and_live(server):
 
 
 async def test_newcomer_hears_everything_after_what_welcome_names(server):
-    """Also while others talk without a pause; nothing twice, nothing missed."""
+    """Nothing twice and nothing missed, also while another user never pauses."""
     ann = await sign_in(server)
     room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "eve"}
 
@@ -1674,7 +1676,7 @@ async def test_message_broadcast_at_the_end_of_a_replay_comes_once(server, monke
     assert (await say(ws, "third"))["id"] == 3
 
 
-async def test_who_missed_more_than_is_kept_sees_the_gap(serve):
+async def test_reader_that_missed_more_than_is_kept_sees_the_gap(serve):
     server = await serve(chat.Settings())
     ann = await sign_in(server)
     room, user = server.app[chat.ROOM], {"_id": ObjectId(), "name": "bob"}
@@ -1791,7 +1793,7 @@ async def test_error_has_the_nonce_wherever_the_event_has_one(serve):
         assert "nonce" not in await read(ws, "error")
 
 
-async def test_fields_that_nobody_asked_for_are_passed_over(serve):
+async def test_unknown_fields_of_an_event_are_ignored(serve):
     ws = await connect(await sign_in(await serve(chat.Settings())))
     event = {"type": "message", "text": "x", "nonce": "n1", "id": 99, "user": "eve"}
     await ws.send_json(event | {"more": ["\ud800"]})
@@ -1873,7 +1875,7 @@ async def test_every_frame_costs_its_person_a_token_on_whichever_socket(serve):
     assert tokens.taken == 13
 
 
-async def test_who_is_beyond_the_limit_is_not_read_until_there_is_a_token(serve):
+async def test_sender_beyond_the_limit_is_not_read_until_there_is_a_token(serve):
     server = await serve(chat.Settings())
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
     from_ann, from_bob = await connect(ann), await connect(bob)
@@ -1924,7 +1926,7 @@ async def test_handshakes_at_once_cannot_share_the_last_free_place(server):
     assert len(server.app[chat.ROOM].connections) == limit
 
 
-async def test_heartbeat_tells_everybody_the_newest_number(serve, monkeypatch):
+async def test_heartbeat_tells_every_reader_the_newest_number(serve, monkeypatch):
     assert chat.HEARTBEAT == 20
     monkeypatch.setattr(chat, "HEARTBEAT", 0.05)
     server = await serve(chat.Settings())
@@ -1961,7 +1963,7 @@ def test_person_is_online_while_any_process_has_the_name(monkeypatch):
 
 @pytest.fixture
 def short_grace(monkeypatch):
-    """For tests of people who do not come back."""
+    """Shorten the grace, for tests in which users do not come back."""
     monkeypatch.setattr(chat, "GRACE", 0.5)
     monkeypatch.setattr(chat, "PAUSE", 0.1)
 
@@ -1994,7 +1996,7 @@ async def test_several_tabs_of_a_person_come_once_and_leave_once(short_grace, se
     assert events[2] == {"type": "left", "user": "bob"}
 
 
-async def test_reload_is_no_departure(server):
+async def test_reload_is_not_announced_as_a_departure(server):
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
     from_ann, from_bob = await connect(ann), await connect(bob)
     for _ in range(3):
@@ -2116,7 +2118,7 @@ async def test_frames_that_fall_due_together_leave_in_one_write(serve, monkeypat
 
 
 async def test_crowd_that_joins_hears_nothing_twice(serve):
-    """What waits for the next flush has been replayed to those who join meanwhile."""
+    """A frame that waits for the flush has been replayed to newcomers already."""
     server = await serve(chat.Settings())
     ws = await connect(await sign_in(server))
     await read(ws, "joined")
@@ -2186,7 +2188,7 @@ async def test_connection_that_is_closing_gets_nothing_after_the_close_frame(ser
 
 
 async def test_presence_that_was_lost_or_overwritten_is_written_again(serve, mongodb):
-    """Before anybody is told: its reader lets two seconds of grace pass."""
+    """Soon enough: the other process waits two seconds before it announces."""
     settings = on(mongodb)
     one, other = await serve(settings), await serve(settings)
     ann, bob = await sign_in(one, "ann"), await sign_in(other, "bob")
@@ -2223,7 +2225,7 @@ async def test_presence_that_could_not_be_written_is_written_later(
     assert caplog.messages == ["Presence could not be written: TimeoutError"]
 
 
-async def test_catching_up_tells_who_has_gone_and_who_has_come(short_grace, serve):
+async def test_catching_up_announces_departures_and_arrivals(short_grace, serve):
     """As after a stream that was broken while people came and went."""
     server = await serve(chat.Settings())
     ws = await connect(await sign_in(server))
@@ -2281,14 +2283,14 @@ async def test_peer_that_is_gone_in_the_middle_of_an_answer_is_no_error(serve, c
     server = await serve(chat.Settings())
     with await stall(server, (await sign_in(server)).session) as peer:
         await until(lambda: server.app[chat.ROOM].connections)
-        peer.send(500 * b"\x81\x81\0\0\0\0x")  # each gets an answer that nobody reads
+        peer.send(500 * b"\x81\x81\0\0\0\0x")  # each gets an answer
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     await until(lambda: not server.app[chat.ROOM].connections)
     assert caplog.text == ""
 
 
 async def test_why_a_handshake_fails_is_told_to_a_plain_get(standalone, serve):
-    """No session, too many windows, no database; else only the handshake is missing."""
+    """No session, too many windows, no database; with a 400, all of that is well."""
     server = await serve(on(standalone.uri, CONNECTIONS_PER_PERSON=1))
     visitor, ann = await server.visitor(), await sign_in(server)
     response = await visitor.get("/ws", allow_redirects=False)
@@ -2359,7 +2361,7 @@ def test_chat_starts_with_nothing_set_and_stops_without_a_word(start, number):
 
 
 def test_task_that_fails_is_logged_and_ends_the_process(start, tmp_path):
-    """A host starts it again; a room that has fallen silent would stay so."""
+    """The host starts it again; otherwise the room would stay silent."""
     script = tmp_path / "broken.py"
     fault = "chat.HEARTBEAT, chat.Room.broadcast = 1, None"
     script.write_text(f"import chat\n{fault}\nchat.main()\n")
@@ -2405,7 +2407,7 @@ async def test_index_that_cannot_be_created_again_is_told_and_the_room_goes_on(
 
 
 async def test_database_that_cannot_be_followed_ends_the_start(mongodb, monkeypatch):
-    """As for a user who may read and write, and not watch."""
+    """As with a MongoDB user that may read and write, but not watch."""
     monkeypatch.setattr(chat, "PIPELINE", [{"$match": {"$nonsense": 1}}])
     monkeypatch.setattr(chat, "DEADLINE", 2)
     before = asyncio.all_tasks()
@@ -2556,7 +2558,7 @@ def test_standalone_mongodb_is_said_in_one_line(start, standalone):
 
 @pytest.fixture
 def sqlite_server(tmp_path):
-    """The URI of the server that the README names for those without a MongoDB."""
+    """The URI of the server that the README names for machines without MongoDB."""
     command = shutil.which("nx-27017", path=Path(sys.executable).parent)
     need(command, "no nx-27017: pip install -r .ci/requirements.txt")
     port = unused_port()
