@@ -20,6 +20,11 @@ These words have one meaning throughout:
     connection  one open WebSocket; a user with three tabs has three
     room        all connections of this process, and what they need to know
     change      a notification from the database: an insert, an update or a delete
+    nonce       a client's random text for one message, by which a retry is recognized
+    receipt     the answer to a message: it is stored, under this number
+    replay      the messages that a client missed, sent when it connects
+    presence    which users are online, at all processes
+    foreign     a document in our collections that another program wrote
 """
 
 # What `uv run chat.py` and `pipx run chat.py` install before they start (PEP 723):
@@ -151,7 +156,7 @@ SETTINGS = web.AppKey("settings", Settings)
 DATABASE = web.AppKey("database", "Database")
 ROOM = web.AppKey("room", "Room")
 THROTTLE = web.AppKey("throttle", Callable)
-HASH_QUEUE = web.AppKey("hash_queue", asyncio.Semaphore)
+HASHING = web.AppKey("hashing", asyncio.Lock)
 STOP = web.AppKey("stop", Callable)
 DB = web.RequestKey("db", "Database")
 USER = web.RequestKey("user", dict)
@@ -318,13 +323,9 @@ class Database:
         """
         watch = self.mongo.watch(PIPELINE, full_document="updateLookup")
         async with watch as stream:
-            try:
-                await (
-                    self.create_indexes()
-                )  # each time: a restore may have removed them
-            except (
-                OperationFailure
-            ) as error:  # go on: an index is missing, not a message
+            try:  # each time: a restore may have removed the indexes
+                await self.create_indexes()
+            except OperationFailure as error:  # an index is missing, but no message
                 log.error("An index could not be created: %s", reason(error))
             yield (as_change(change) async for change in stream)
 
@@ -480,11 +481,11 @@ async def connect(mongo) -> Database:
     return db
 
 
+@dataclass
 class Model:
     """Own the queries on one collection."""
 
-    def __init__(self, db: Database) -> None:
-        self.db = db
+    db: Database
 
 
 def pass_over(collection: str, key) -> None:
@@ -592,10 +593,8 @@ class Message(Model):
 
     async def newest(self, count: int, before: int = 1 << 53) -> list[dict]:
         """Return up to `count` messages with a number below `before`, oldest first."""
-        query, found = (
-            {"_id": {"$gt": 0, "$lt": before}, "nonce": {"$type": "string"}},
-            [],
-        )
+        query = {"_id": {"$gt": 0, "$lt": before}, "nonce": {"$type": "string"}}
+        found: list[dict] = []
         for archive in self.db.archives:
             if len(found) < count:
                 cursor = archive.find(query).sort("_id", -1).limit(count - len(found))
@@ -653,8 +652,7 @@ class Presence(Model):
 # ------------------------------------------------------------------------------
 PAGE = 50  # messages
 LONGEST_FIELD = 254  # characters: an email address has no more (RFC 5321)
-HASH_WAIT = 2.5  # seconds to wait in the queue
-HASHES_WAITING = 50  # the queue's length: at 40 ms each, they take 2 s
+HASH_WAIT = 2.5  # the longest wait for the hash thread, in seconds
 MALFORMED = (HttpProcessingError, web.RequestPayloadError)
 WHY = {
     "cookie": "Your browser did not keep the cookie that signs you in. Allow cookies "
@@ -668,17 +666,14 @@ WHY = {
 # match the same character, so no text can make it backtrack exponentially (ReDoS).
 ENDS = r"()\s\x00-\x20\x7f-\xa0\u2000-\u206f\u3000-\u303f\ufeff\uff01-\uff0f<>\x22\x60"
 LINK = re.compile(rf"([Hh]ttps?://(?:[^{ENDS}]|\([^{ENDS}]*\))+(?<![.,:;!?'*_~|\]»]))")
-ANCHOR = Markup(
-    '<a href="{0}" target="_blank" rel="noopener noreferrer nofollow">{0}</a>'
-)
+ANCHOR = '<a href="{0}" target="_blank" rel="noopener noreferrer nofollow">{0}</a>'
 
 
 def links(text: str) -> Markup:
     """Escape a text as HTML and turn web addresses into links, as chat.js does."""
     parts = LINK.split(text)  # odd parts are addresses; Markup escapes every part
-    return Markup().join(
-        ANCHOR.format(part) if index % 2 else part for index, part in enumerate(parts)
-    )
+    parts[1::2] = [Markup(ANCHOR).format(address) for address in parts[1::2]]
+    return Markup().join(parts)
 
 
 class TokenBucket:
@@ -815,26 +810,16 @@ class Form(Page):
     async def in_hash_thread(self, function: Callable, *arguments):
         """Hash in a dedicated thread, so that a crowd signing in delays no message.
 
-        The queue is bounded, in length and in time. Beyond either bound, raise
-        FormError (503). Don't hash for a client that has hung up meanwhile.
+        Wait for a turn at most HASH_WAIT, then raise FormError (503). A hash that has
+        begun is finished. Don't begin one for a client that has hung up meanwhile.
         """
-
-        def hash_if_wanted():
-            if self.request.transport is None:
-                raise TimeoutError
-            loop.call_soon_threadsafe(begin)
-            return function(*arguments)
-
-        def begin():  # its turn came in time, so let it finish
-            with suppress(RuntimeError):  # or just too late
-                waiting.reschedule(None)
-
-        queue, loop = self.request.app[HASH_QUEUE], asyncio.get_running_loop()
+        loop, turn = asyncio.get_running_loop(), self.request.app[HASHING]
         try:
-            if queue.locked():  # full; don't await before `async with` takes a place
-                raise TimeoutError
-            async with queue, asyncio.timeout(HASH_WAIT) as waiting:
-                return await loop.run_in_executor(HASH_THREAD, hash_if_wanted)
+            async with asyncio.timeout(HASH_WAIT) as waiting, turn:
+                waiting.reschedule(None)  # its turn has come in time
+                if self.request.transport is None:
+                    raise TimeoutError
+                return await loop.run_in_executor(HASH_THREAD, function, *arguments)
         except TimeoutError:
             sentence = "Too many people are signing in. Try again in a few seconds."
             raise FormError({"login": sentence}, 503, retry_after=3) from None
@@ -1580,34 +1565,27 @@ async def close_room(app: web.Application) -> None:
     await close(list(app[ROOM].connections), WSCloseCode.GOING_AWAY)
 
 
-class OncePerMinute(logging.Filter):
+silent_until: dict[str, float] = {}  # by the template of a line
+
+
+def once_per_minute(record: logging.LogRecord) -> bool:
     """Log a repeated line once a minute, and external faults without a traceback.
 
     External faults are a client's garbage, and errors of the system or the database.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.silent_until: dict[str, float] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info and record.exc_info[1]
-        if error and not isinstance(error, (*MALFORMED, OSError, PyMongoError)):
-            return True  # a fault of ours, with its traceback
-        # Compare templates, not texts: a client's values must not make each line new.
-        kind, now = str(record.msg).partition("\n")[0], time.monotonic()
-        if now < self.silent_until.get(kind, 0):
-            return False
-        self.silent_until[kind] = now + 60
-        if error:
-            record.msg = (
-                f"{record.getMessage().splitlines()[0]}: {type(error).__name__}"
-            )
-            record.args = record.exc_info = record.exc_text = None
-        return True
-
-
-ONCE_PER_MINUTE = OncePerMinute()
+    error = record.exc_info and record.exc_info[1]
+    if error and not isinstance(error, (*MALFORMED, OSError, PyMongoError)):
+        return True  # a fault of ours, with its traceback
+    # Compare templates, not texts: a client's values must not make each line new.
+    kind, now = str(record.msg).partition("\n")[0], time.monotonic()
+    if now < silent_until.get(kind, 0):
+        return False
+    silent_until[kind] = now + 60
+    if error:
+        first_line = record.getMessage().partition("\n")[0]
+        record.msg = f"{first_line}: {type(error).__name__}"
+        record.args = record.exc_info = record.exc_text = None
+    return True
 
 
 def init_app(settings: Settings | None = None) -> web.Application:
@@ -1622,14 +1600,14 @@ def init_app(settings: Settings | None = None) -> web.Application:
             "lingering_time": 1,  # seconds to read on after an early answer
         },
     )
-    app[SETTINGS], app[HASH_QUEUE] = settings, asyncio.Semaphore(HASHES_WAITING)
+    app[SETTINGS], app[HASHING] = settings, asyncio.Lock()
     app[THROTTLE] = make_buckets(settings.LOGIN_ATTEMPTS / 60, settings.LOGIN_ATTEMPTS)
     app[STOP] = lambda code: None  # `run` replaces it: a notebook's kernel lives on
     loader = jinja2.FileSystemLoader(HERE / "templates")
     aiohttp_jinja2.setup(app, loader=loader, filters={"links": links})
     add_routes(app)
     for name in "chat", "aiohttp.server", "asyncio", "pymongo.client":
-        logging.getLogger(name).addFilter(ONCE_PER_MINUTE)
+        logging.getLogger(name).addFilter(once_per_minute)
     app.cleanup_ctx.extend([run_database, run_room])
     app.on_shutdown.append(close_room)
     return app

@@ -53,7 +53,7 @@ def nothing_set(monkeypatch):
     for name in chat.Settings.model_fields:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(chat.Settings.model_config, "env_file", None)
-    chat.ONCE_PER_MINUTE.silent_until.clear()
+    chat.silent_until.clear()
 
 
 # --- Real parts: MongoDB ---

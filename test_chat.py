@@ -588,7 +588,7 @@ async def test_foreign_documents_are_passed_over_and_numbers_stay_gapless(
     for name in "eve", "eva", "evi":
         assert (await ann.post("/login", data=form(name))).status == 422
     caplog.clear()
-    chat.ONCE_PER_MINUTE.silent_until.clear()
+    chat.silent_until.clear()
     await server.close()
     again = await serve(settings)
     ws = await connect(await sign_in(again, "joe"), after=0)
@@ -1043,18 +1043,14 @@ async def test_crowd_that_signs_in_is_hashed_in_turn_and_beside_the_room(
     assert len(threads) == 1 and threading.main_thread() not in threads
 
 
-@pytest.mark.parametrize("bound", ["in number", "in seconds"])
-async def test_queue_for_the_hash_thread_has_its_bound(serve, monkeypatch, bound):
+async def test_wait_for_the_hash_thread_has_a_bound(serve, monkeypatch):
     """Beyond it the form comes back filled, and says when to try again."""
-    if bound == "in number":
-        monkeypatch.setattr(chat, "HASHES_WAITING", 1)
     first, go_on = start_hashing(monkeypatch)
     server = await serve(chat.Settings())
     visitors = [await server.visitor() for _ in range(3)]
     ann = asyncio.create_task(visitors[0].post("/signin", data=form("ann")))
     await asyncio.to_thread(first.wait)
-    if bound == "in seconds":
-        monkeypatch.setattr(chat, "HASH_WAIT", 0.05)
+    monkeypatch.setattr(chat, "HASH_WAIT", 0.05)
     late = visitors[1].post("/signin", data=form("bob", email="bob@example.org"))
     login = visitors[2].post("/login", data=form("bob"))
     for response in await asyncio.gather(late, login):
@@ -1091,8 +1087,7 @@ async def test_client_that_has_hung_up_gets_no_hash(serve, monkeypatch):
     lines += ["Content-Type: application/x-www-form-urlencoded", "", ""]
     _, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write("\r\n".join(lines).encode() + body)
-    queue = server.app[chat.HASH_QUEUE]
-    await until(lambda: queue._value == chat.HASHES_WAITING - 2)
+    await until(lambda: server.app[chat.HASHING]._waiters)
     (bob,) = (
         handler
         for handler in server.runner.server.connections
@@ -2429,9 +2424,11 @@ def test_chat_raises_its_limit_of_open_files(tmp_path):
 
 
 def test_connections_beyond_the_limit_of_open_files_are_one_line(start, tmp_path):
+    """With asyncio's own loop: uvloop closes them and logs nothing."""
     script = tmp_path / "limited.py"
-    limit = "import resource as r\nr.setrlimit(r.RLIMIT_NOFILE, (64, 64))\n"
-    script.write_text(limit + "import chat\nchat.main()\n")
+    limit = "import asyncio, resource as r\nr.setrlimit(r.RLIMIT_NOFILE, (64, 64))\n"
+    loop = "chat.new_event_loop = asyncio.new_event_loop\n"
+    script.write_text(f"{limit}import chat\n{loop}chat.main()\n")
     process = start(script).wait_until_ready()
     address = "127.0.0.1", process.port
     with contextlib.ExitStack() as crowd:

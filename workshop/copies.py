@@ -40,10 +40,11 @@ def edit(old: str, new: str, file: str = "chat.py", of=chat, **names):
     """Return a copy with one piece of it replaced, and show the difference.
 
     `of` is the chat, a handler, a page, or a copy that `edit` returned. `names` are
-    what a handler needs beside its own. Raises ValueError if the piece is not there
-    exactly once.
+    what a handler needs beside its own. A line that is still `…` is not attempted yet.
+    Raises ValueError if the piece is not there exactly once.
     """
-    if new.strip() == GAP or of is NOT_ATTEMPTED:
+    has_gap = GAP in map(str.strip, new.splitlines())
+    if has_gap or of is NOT_ATTEMPTED:
         return NOT_ATTEMPTED
     if isinstance(of, Page):
         return Page(replace("the page", of, old, new))

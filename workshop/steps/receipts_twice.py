@@ -25,7 +25,7 @@ async def talk(request):
             messages.append(event | {"id": len(messages) + 1, "user": name})
             number = len(messages)
             await broadcast(messages[-1])
-            await ws.send_json({"type": "receipt", "nonce": nonce, "id": number})
+            await ws.send_json({"type": "receipt", "id": number, "nonce": nonce})
     finally:
         connections.remove(ws)
         await broadcast({"type": "left", "user": name})
