@@ -168,7 +168,7 @@ async def no_ghosts(talk) -> None:
 async def names(talk) -> None:
     async with trying(talk) as server:
         bob = await server.join("bob")
-        need(bob.heard, "Bob came, and nobody was told: no `joined` was sent.")
+        need(bob.heard, "Bob came, but no `joined` was sent.")
         ann = await server.join("ann")
         joined = bob.heard[-1]
         wanted = {"type": "joined", "user": "ann"}
@@ -186,7 +186,7 @@ async def names(talk) -> None:
         await ann.break_off()
         await quiet(0.05)
         left, wanted = bob.heard[-1], {"type": "left", "user": "ann"}
-        need(left != said, "Ann has gone, and nobody was told: no `left` was sent.")
+        need(left != said, "Ann has gone, but no `left` was sent.")
         need(left == wanted, f"Ann left, and Bob heard {left} instead of {wanted}.")
 
 

@@ -607,7 +607,7 @@ async def rooms(attempt) -> None:
         receipt = await bob.say("tea?")
         await heard(bob, 1, seconds=1)
         nothing = "nothing follows the kitchen's database"
-        need(bob.texts(), f"Bob's message is stored, and nobody hears it: {nothing}.")
+        need(bob.texts(), f"Bob's message is stored, but no one hears it: {nothing}.")
         need(receipt["id"] == 1, "Each room counts from 1.")
         need(bob.texts() == ["tea?"], "Bob, in the kitchen, hears the lobby.")
         need(ann.texts() == ["lobby talk"], "Ann, in the lobby, hears the kitchen.")
@@ -622,7 +622,7 @@ async def rooms(attempt) -> None:
     took = time.monotonic() - start
     await ann.close()
     await bob.close()
-    slow = f"Stopping takes {took:.1f} s: nobody closes the kitchen's connections."
+    slow = f"Stopping takes {took:.1f} s: nothing closes the kitchen's connections."
     need(took < 1.8, slow)
     await nothing_left(before)
 
@@ -644,7 +644,7 @@ async def private(attempt) -> None:
         await quiet(0.1)
         need("noon" not in str(eve.heard), "Eve has heard it as well.")
         stored = await server.db.messages.find().to_list(None)
-        need(not stored, "It is stored, so /?before=… shows it to everybody.")
+        need(not stored, "It is stored, so /?before=… shows it to everyone.")
         wrong = await ann.say("/msg zoe are you there?")
         need(wrong["type"] == "error", "Zoe is not here: Ann should get an error.")
         need((await ann.say("hello"))["id"] == 1, "Ordinary messages do not work.")

@@ -210,7 +210,7 @@ def frame_bytes() -> Drawing:
     ]
     labels = [
         (36, 126, "a text frame, complete"),
-        (94, 102, f"{len(payload)} bytes follow; 7e: the length is in the next two"),
+        (94, 102, f"{len(payload)} bytes follow; 7e (126): the length is in the next two"),
         (180, 78, "the payload in UTF-8: the same bytes for every reader"),
     ]
     for x, y, words in labels:

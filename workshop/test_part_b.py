@@ -219,7 +219,7 @@ WRONG_ATTEMPTS = [
     ("unread", '        if "before".*\n.*\n', "", "An older page is not the newest"),
     ("rooms", ", chat.run_room", "", "KeyError: <AppKey(chat.room"),
     ("rooms", ", chat.run_room", ", make_room", "nothing follows the kitchen's data"),
-    ("rooms", ".*on_shutdown.*\n", "", "nobody closes the kitchen's connections"),
+    ("rooms", ".*on_shutdown.*\n", "", "nothing closes the kitchen's connections"),
     ("rooms", r'\.client\["kitchen"\]', "", "go into the lobby's database"),
     ("private", "connection in both", "connection in room.connections", "Eve has"),
     ("private", "            room.send", "            0 and room.send", "in vain"),

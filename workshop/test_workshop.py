@@ -343,7 +343,7 @@ WRONG_ATTEMPTS = [
     ("no_ghosts", r"connections.remove\(ws\)", "pass", "still holds 1 of hers"),
     ("names", r"event \| {", "{", "Ann said Hi"),
     ("names", r'event \| ({"user": name})', r"\1 | event", "own value has to win"),
-    ("names", r"        await broad.*joined.*\n", "", "nobody was told: no `joined`"),
+    ("names", r"        await broad.*joined.*\n", "", "but no `joined` was sent"),
     ("names", r"\n.*left.*", "", "no `left`"),
     ("names", r'await (broadcast\({"type": "left")', r"\1", "never awaited"),
     ("as_text", r"textContent", "outerHTML", "does not show the text"),
