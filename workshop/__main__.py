@@ -23,7 +23,7 @@ from workshop.mongodb import find_mongod, free_port, is_free
 
 REQUIREMENTS = Path(__file__).parent.with_name("requirements.txt")
 MARKS = {"yes": "\33[32m✓\33[0m", "no": "\33[31m✗\33[0m", "maybe": "\33[33m○\33[0m"}
-INSTALL = "python -m pip install -r requirements.txt"
+INSTALL = f"{sys.executable} -m pip install -r requirements.txt"
 BROWSER_SECONDS = 15
 
 

@@ -10,18 +10,18 @@ import textwrap
 from types import FunctionType
 
 from workshop import scenarios
-from workshop.copies import NOT_ATTEMPTED, Page
+from workshop.copies import NOT_ATTEMPTED, NotAttempted, Page
 from workshop.people import quiet
 from workshop.scenarios import Lacking, heard, need, need_order
 from workshop.tiny import fresh, functions_of, is_ours, little, page, stall, step
 
-OURS = "  From here on the notebook uses its own solution, until yours passes."
+OURS = "  What follows uses the notebook's own solution, until yours passes."
 
 
 # --- How a check is run ---
 def is_stub(attempt) -> bool:
     """Tell an attempt that still has a `...` or a `…` to replace."""
-    if attempt is NOT_ATTEMPTED:
+    if isinstance(attempt, NotAttempted):
         return True
     if isinstance(attempt, FunctionType):
         return any(map(has_gap, functions_of(attempt)))
@@ -39,6 +39,9 @@ def has_gap(thing) -> bool:
 
 async def verdict(function, *attempts, seconds: float = 20) -> str:
     """Run a check. Return what it says: nothing lacks where it begins with ✓."""
+    for attempt in attempts:
+        if isinstance(attempt, NotAttempted) and attempt.wrong:
+            return f"✗ Not yet. {attempt.wrong.removeprefix('✗ ')}"
     if any(map(is_stub, attempts)):
         return "○ Not attempted yet: there is a gap to fill."
     try:
@@ -94,6 +97,10 @@ class trying:
             need(not found, f"`{found and found[1]}` was called and never awaited.")
             _, raised, cause = line.partition("rror handling request")
             cause = cause.partition(": ")[2]
+            if "type method is not" in cause:
+                cause += ". A method is called with brackets: `name()`."
+            if cause.startswith("KeyError: ("):
+                cause += ". `numbers` does not have this key."
             need(not raised, f"Your handler raised {cause}")
 
 
@@ -135,6 +142,9 @@ async def broadcast(talk) -> None:
         need(
             len(bob.heard) == 1, f"Ann said one thing, and Bob heard {len(bob.heard)}."
         )
+        event = bob.heard[0].get("raw", bob.heard[0])
+        right = isinstance(event, dict) and event.get("text") == "Anyone here?"
+        need(right, f"Bob heard {event} instead of the event in the frame.")
 
 
 @task("broadcast")
@@ -200,8 +210,8 @@ async def as_text(mine) -> None:
     ]
     line = changed[0].strip() if changed else "words.textContent = text;"
     need("innerHTML" not in mine, "`innerHTML` reads the text as markup.")
-    plain = r"\.textContent\s*=|\.innerText\s*=|\.append\(|createTextNode\("
-    need(re.search(plain, line), f"`{line}` does not show the text.")
+    plain = r"\.(textContent|innerText)\s*=\s*text;|(append|createTextNode)\(text\)"
+    need(re.search(plain, line), f"`{line}` does not show the text as it is.")
 
 
 @task("me", "me")
@@ -232,6 +242,8 @@ async def history(talk) -> None:
         await heard(bob, 3)
         again = bob.texts().count("one")
         need(again == 1, "Bob said `after=1`, and was told number 1 once more.")
+        again = len(ann.messages()) - 3
+        need(not again, f"Ann heard {again} old ones again: replay to Bob alone.")
         need_order(bob, 3)
         eve = await server.join("eve")
         await heard(eve, 3)
@@ -259,6 +271,22 @@ async def receipt(talk) -> None:
         await quiet(0.05)
         others = [event for event in bob.heard if event["type"] == "receipt"]
         need(not others, "Bob got Ann's receipt: it is for its sender only.")
+    async with trying(talk) as server:
+        ann, bob = await server.join("ann"), await server.join("bob")
+        with scenarios.slow_network(0.02):
+            for person in ann, bob:
+                await person.send(type="message", text=person.name, nonce="n-1")
+            await heard(ann, 2)
+            await quiet(0.2)
+        for person in ann, bob:
+            number = next(m["id"] for m in ann.messages() if m["text"] == person.name)
+            got = [e["id"] for e in person.heard if e["type"] == "receipt"]
+            need(
+                got == [number],
+                f"Ann and Bob talk at once. {person.name.capitalize()}'s message has "
+                f"number {number}, and the receipt says {got}: `broadcast` waits, and "
+                "meanwhile the list grows.",
+            )
 
 
 @task("receipts")

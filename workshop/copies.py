@@ -27,10 +27,13 @@ class Page(str):
 
 
 class NotAttempted:
-    """Stand for a copy whose `…` has not been replaced yet."""
+    """Stand for a copy whose `…` is still there, or one that Python can't run."""
+
+    def __init__(self, wrong: str = "") -> None:
+        self.wrong = wrong
 
     def __repr__(self) -> str:
-        return "○ Not attempted yet: there is a … to replace."
+        return self.wrong or "○ Not attempted yet: there is a … to replace."
 
 
 NOT_ATTEMPTED = NotAttempted()
@@ -43,18 +46,30 @@ def edit(old: str, new: str, file: str = "chat.py", of=chat, **names):
     what a handler needs beside its own. A line that is still `…` is not attempted yet.
     Raises ValueError if the piece is not there exactly once.
     """
-    has_gap = GAP in map(str.strip, new.splitlines())
-    if has_gap or of is NOT_ATTEMPTED:
+    if isinstance(of, NotAttempted):
+        return of
+    if GAP in map(str.strip, new.splitlines()):
         return NOT_ATTEMPTED
     if isinstance(of, Page):
         return Page(replace("the page", of, old, new))
-    if isinstance(of, FunctionType):
-        source = replace("your handler", inspect.getsource(of), old, new)
-        return define(source, of, names)
+    try:
+        if isinstance(of, FunctionType):
+            source = replace("your handler", inspect.getsource(of), old, new)
+            return define(source, of, names)
+        return copy(old, new, file, of)
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        return NotAttempted(f"✗ Python can't read this copy: {error.msg}, in `{line}`")
+    except NameError as error:
+        return NotAttempted(f"✗ Python can't run this copy: {error}")
+
+
+def copy(old: str, new: str, file: str, of):
+    """Return a module whose files are those of another one, with one piece replaced."""
     folder = Path(tempfile.mkdtemp(dir=COPIES.name))
     for name in FILES:
-        copy = shutil.copytree if (of.HERE / name).is_dir() else shutil.copy
-        copy(of.HERE / name, folder / name)
+        take = shutil.copytree if (of.HERE / name).is_dir() else shutil.copy
+        take(of.HERE / name, folder / name)
     before = (folder / file).read_text("utf-8")
     (folder / file).write_text(replace(file, before, old, new), "utf-8")
     spec = importlib.util.spec_from_file_location(folder.name, folder / "chat.py")

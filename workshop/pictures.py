@@ -204,13 +204,17 @@ def frame_bytes() -> Drawing:
     """Draw one text frame of a server, byte by byte, with its labels."""
     payload = '{"type": "joined", "user": "ann"}'
     shapes = [
-        box(10, 10, 52, 40, "81"),
-        box(68, 10, 52, 40, f"{len(payload):02x}"),
+        box(10, 10, 52, 40, "0x81"),
+        box(68, 10, 52, 40, f"0x{len(payload):02x}"),
         box(126, 10, 330, 40, payload),
     ]
     labels = [
         (36, 126, "a text frame, complete"),
-        (94, 102, f"{len(payload)} bytes follow; 7e (126): the length is in the next two"),
+        (
+            94,
+            102,
+            "33 bytes follow: 0x21. 0x7e, 126, says: the length is in the next two",
+        ),
         (180, 78, "the payload in UTF-8: the same bytes for every reader"),
     ]
     for x, y, words in labels:

@@ -6,7 +6,7 @@ from IPython.display import HTML, display
 
 import chat
 from workshop.mongodb import is_free
-from workshop.servers import Server, look, own_address, serving
+from workshop.servers import Server, look, serving
 
 opened = contextlib.AsyncExitStack()
 memory = chat.AsyncMongoMockClient(tz_aware=True)  # outlives a cell that is run again
@@ -19,19 +19,22 @@ class Room:
         self.server = server
 
     async def blank(self, number: int) -> None:
-        """Take a message back, on every page."""
-        message = await self.server.db.messages.find_one({"_id": number})
-        if not message:
-            print(f"There is no message {number}.")
+        """Take a message back, on every page. An unknown number lists the newest."""
+        messages = chat.Message(self.server.db)
+        if message := await self.server.db.messages.find_one({"_id": number}):
+            await messages.blank(number)
+            print(f"Message {number} by {message['user']} is blank.")
             return
-        await chat.Message(self.server.db).blank(number)
-        print(f"Message {number} is blank: {message['text']!r} by {message['user']}.")
+        print(f"There is no message {number}. The newest are:")
+        for message in await messages.newest(8):
+            print(f"{message['_id']:4} {message['user']}: {message['text']:.30}")
 
     async def expel(self, name: str) -> None:
         """Delete an account. All its windows close; its name is free again."""
         user = await self.server.db.users.find_one({"name": name})
         if not user:
-            print(f"There is no user {name!r}.")
+            names = ", ".join(self.server.room.names())
+            print(f"There is no user {name!r}. Online: {names}.")
             return
         await chat.User(self.server.db).delete(user["_id"])
         print(f"{name} has no account any more.")
@@ -47,10 +50,12 @@ async def open_room(host: str = "127.0.0.1", port: int = 8080) -> Room:
     await opened.aclose()
     opened = contextlib.AsyncExitStack()
     kept = {"AsyncMongoMockClient": lambda **options: memory}
-    block = serving(host=host, port=port if is_free(host, port) else 0, **kept)
-    server = await opened.enter_async_context(block)
+    if not is_free(host, port):
+        print(f"Port {port} is taken by another program, so the room has another one.")
+        port = 0
+    server = await opened.enter_async_context(serving(host=host, port=port, **kept))
     if host == "0.0.0.0":
-        address = f"http://{own_address()}:{server.port}"
+        address = f"http://{chat.own_address()}:{server.port}"
         big = "font-size:2.5em;font-weight:600;margin:.3em 0"
         display(HTML(f'<p>Type this address:</p><p style="{big}">{address}</p>'))
     else:

@@ -73,7 +73,7 @@ async def all_hear_the_same(server) -> None:
 
 
 async def come_back_and_miss_nothing(server) -> None:
-    """Whoever comes back hears what was said meanwhile, and nothing twice."""
+    """A reader that comes back hears what was said meanwhile, and nothing twice."""
     ann, bob = await server.join("ann"), await server.join("bob")
     await ann.say("one")
     await heard(bob, 1)
@@ -87,7 +87,7 @@ async def come_back_and_miss_nothing(server) -> None:
 
 
 async def come_back_while_they_talk(server) -> None:
-    """What is said while somebody comes back does not fall between."""
+    """What is said while a reader comes back does not fall between."""
     need_order(await come_back_slowly(server), 30)
 
 
@@ -121,6 +121,23 @@ async def lose_a_receipt(server) -> None:
     need(receipt.get("id") == 1, f"It is number 1; the receipt says {receipt}.")
 
 
+async def repeat_at_once(server) -> None:
+    """A message that comes again while it is still on its way is stored once."""
+    ann, bob = await server.join("ann"), await server.join("bob")
+    tab = await server.join("ann")
+    message = {"type": "message", "text": "Pay 100 to Bob.", "nonce": "n-1"}
+    with slow_network(0.03):
+        await ann.send(**message)
+        await tab.send(**message)
+        await heard(bob, 1)
+        await quiet(0.2)
+    count = len(bob.messages())
+    twice = (
+        f"Bob heard 'Pay 100 to Bob.' {count} times: `broadcast` waits, and meanwhile"
+    )
+    need(count == 1, f"{twice} the same message came again.")
+
+
 async def choose_the_same_nonce(server) -> None:
     """Two people who choose the same nonce are two people."""
     ann, bob = await server.join("ann"), await server.join("bob")
@@ -145,7 +162,7 @@ async def come_and_go(server) -> None:
 
 
 async def stop_reading(server, messages: int = 600) -> None:
-    """A reader that stops reading delays nobody, and misses nothing."""
+    """A reader that stops reading delays no one, and misses nothing."""
     ann, bob, eve = [await server.join(name) for name in ("ann", "bob", "eve")]
     bob.reader.cancel()  # nobody reads on Bob's side any more
     try:
@@ -169,6 +186,7 @@ LOSING_NOTHING = [
     come_back_and_miss_nothing,
     come_back_while_they_talk,
     lose_a_receipt,
+    repeat_at_once,
     choose_the_same_nonce,
     come_and_go,
 ]

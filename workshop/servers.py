@@ -19,7 +19,7 @@ from IPython.display import HTML, display
 from pymongo import AsyncMongoClient
 
 import chat
-from workshop.copies import NOT_ATTEMPTED
+from workshop.copies import NotAttempted
 from workshop.mongodb import NO_MONGODB, replica_set
 from workshop.people import PASSWORD, Person
 
@@ -127,10 +127,10 @@ async def serving(
     logged is kept in `server.log`, a line each; with `log` it is printed too. What has
     not been attempted yet is replaced by the original.
     """
-    if module is NOT_ATTEMPTED:
-        print("○ Not attempted yet: this is the original.")
+    if isinstance(module, NotAttempted):
+        print(module.wrong or "○ Not attempted yet: this is the original.")
         module = chat
-    replaced = {name: v for name, v in replaced.items() if v is not NOT_ATTEMPTED}
+    replaced = {n: v for n, v in replaced.items() if not isinstance(v, NotAttempted)}
     Settings = replaced.pop("Settings", module.Settings)
     names = Settings.model_fields.keys() & replaced.keys()
     settings = {name: replaced.pop(name) for name in names}
@@ -219,7 +219,7 @@ def look(server, *paths: str, height: int = 480) -> None:
     address = f"http://localhost:{server.port}{paths[0]}"
     parts = [link.format("In a window of its own", address, address)]
     if server.host == "0.0.0.0":
-        address = f"http://{own_address()}:{server.port}{paths[0]}"
+        address = f"http://{chat.own_address()}:{server.port}{paths[0]}"
         parts.append(link.format("From other machines", address, address))
     # A frame in VS Code belongs to another site than the chat: no cookies.
     if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys():
@@ -251,14 +251,6 @@ else
   place.textContent = "You opened this notebook at " + host +
     '. A frame there needs host="0.0.0.0" in the call that serves the chat.';
 }}</script>"""
-
-
-def own_address() -> str:
-    """Return this machine's address on its network. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        with contextlib.suppress(OSError):
-            probe.connect(("192.0.2.1", 9))
-        return probe.getsockname()[0]
 
 
 # --- In a process of its own ---

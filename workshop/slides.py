@@ -16,13 +16,24 @@ from nbconvert import SlidesExporter
 from nbconvert.preprocessors import ExecutePreprocessor
 
 HERE = Path(__file__).parent.parent
+STYLE = """<style>
+.reveal h1 { font-size: 44px } .reveal pre { font-size: 17px }
+.reveal :is(.jp-InputPrompt, .jp-OutputPrompt, .anchor-link) { display: none }
+.reveal .slides section { overflow: hidden auto }
+</style>"""
 START = """
-Reveal.initialize({ history: true, width: 960, height: 700, plugins: [RevealNotes] });
-Reveal.on("slidechanged", ({ currentSlide: slide }) => {
-  if (slide.scrollHeight < 680) return;
-  slide.style = "height: 95vh; overflow-y: scroll; margin-top: 20px; display: block";
-});
+const look = { width: 1100, height: 700, margin: 0.02, center: false };
+const moves = { history: true, transition: "none", plugins: [RevealNotes] };
+Reveal.initialize({ ...look, ...moves });
+function fit({ currentSlide: slide }) {  // a tall slide shrinks first, then scrolls
+  slide.style.zoom = 1;
+  slide.style.zoom = Math.max(0.65, Math.min(1, 690 / slide.scrollHeight));
+  slide.style.maxHeight = `${700 / slide.style.zoom}px`;
+}
+Reveal.on("ready", fit);
+Reveal.on("slidechanged", fit);
 """
+LIVE = "<p><em>In the notebook, the chat is here, in a live frame.</em></p>"
 
 
 def build(reveal: Path, notebook=None) -> str:
@@ -31,6 +42,10 @@ def build(reveal: Path, notebook=None) -> str:
         notebook = nbformat.read(HERE / "tutorial.ipynb", as_version=4)
         runner = ExecutePreprocessor(timeout=60, kernel_name="python3")
         notebook, _ = runner.preprocess(notebook, {"metadata": {"path": str(HERE)}})
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if "<iframe" in output.get("data", {}).get("text/html", ""):
+                output.data["text/html"] = LIVE
     page, _ = SlidesExporter(reveal_url_prefix="reveal.js").from_notebook_node(notebook)
 
     def script(name: str) -> str:
@@ -45,7 +60,7 @@ def build(reveal: Path, notebook=None) -> str:
     page = re.sub(r"<script type=\"module\">.*?</script>", "", page, flags=re.DOTALL)
     page = re.sub(r'<link[^>]* href="reveal.js/(.*?)"[^>]*>', style, page)
     start = script("dist/reveal.js") + script("plugin/notes/notes.js")
-    start += f"<script>{START}</script>"
+    start += f"{STYLE}<script>{START}</script>"
     last = re.compile(r"<script>\s*require\(.*</script>", re.DOTALL)
     return last.sub(lambda match: start, page)
 

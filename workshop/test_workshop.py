@@ -20,6 +20,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import unused_port
 
+import chat
 from conftest import (
     HERE,
     NO_MONGOD,
@@ -33,7 +34,7 @@ from conftest import (
 from workshop import pictures, scenarios, slides
 from workshop.mongodb import find_mongod
 from workshop.room import close_room, open_room
-from workshop.servers import frames, own_address, serving
+from workshop.servers import frames, serving
 from workshop.tiny import little, step
 
 
@@ -178,17 +179,22 @@ async def test_instructor_takes_a_message_back_and_expels_a_person(capsys):
     try:
         ann, bob = await room.server.join("ann"), await room.server.join("bob")
         await bob.say("Buy my coins!")
+        await room.blank(0)
+        assert "   1 bob: Buy my coins!\n" in capsys.readouterr().out
         await room.blank(1)
+        assert "Message 1 by bob is blank." in capsys.readouterr().out
         assert (await ann.next("message"))["text"] == "Buy my coins!"
         assert (await ann.next("message"))["text"] == ""
         await room.expel("bob")
         await asyncio.wait_for(bob.reader, 5)
         assert bob.ws.close_code == 1008
+        await ann.say("Thank you.")
+        capsys.readouterr()
         await room.blank(99)
         await room.expel("bob")
         said = capsys.readouterr().out
-        assert "Message 1 is blank: 'Buy my coins!' by bob." in said
-        assert "There is no message 99.\nThere is no user 'bob'." in said
+        assert "message 99. The newest are:\n   1 bob: \n   2 ann: Thank you.\n" in said
+        assert "There is no user 'bob'. Online: ann.\n" in said
     finally:
         await close_room()
 
@@ -333,11 +339,14 @@ WRONG_ATTEMPTS = [
     ("echo", r"await ws.send_json", "ws.send_json", "`send_json` was called and never"),
     ("echo", r"frame.json\(\)", "frame", "Back came [1,"),
     ("echo", r"frame.json\(\)", "frame.data", "Back came"),
+    ("echo", r"frame.json\(\)", "frame.json", "called with brackets"),
     ("echo", r"    return", "        break\n    return", "Frame 2 went in"),
     ("awaited", r"await ws", "ws", "never awaited"),
+    ("awaited", r"await ws", "async ws", "Python can't read this copy: invalid syntax"),
     ("broadcast", r"await broadcast\(", "broadcast(", "`broadcast` was called and"),
     ("broadcast", r"    connections.add\(ws\)\n", "", "Bob heard nothing"),
     ("broadcast", r"await broadcast", "await ws.send_json", "Bob heard nothing"),
+    ("broadcast", r"frame.json\(\)", "frame", "instead of the event in the frame"),
     ("no_ghosts", ALL, LATE_REMOVE, "never run"),
     ("no_ghosts", r"remove\(ws\)", "clear()", "taken Ann's connection along"),
     ("no_ghosts", r"connections.remove\(ws\)", "pass", "still holds 1 of hers"),
@@ -348,19 +357,32 @@ WRONG_ATTEMPTS = [
     ("names", r'await (broadcast\({"type": "left")', r"\1", "never awaited"),
     ("as_text", r"textContent", "outerHTML", "does not show the text"),
     ("as_text", r"textContent = text", "innerHTML = String(text)", "as markup"),
+    ("as_text", r"textContent = text", "textContent = escape(text)", "as it is"),
     ("me", r'"/me "', '"/me"', "ordinary message"),
     ("me", r"\[4:\]", "[3:]", "should hear"),
     ("me", r"    return event\n", "", "should return an event"),
     ("history", r"len\(messages\) \+ 1", "len(messages)", "`id` 1"),
     ("history", r"messages\[after:\]", "messages", "told number 1 once more"),
-    ("history", r"ws.send_json\(message\)", "broadcast(message)", "heard number"),
+    (
+        "history",
+        r"ws.send_json\(message\)",
+        "broadcast(message)",
+        "replay to Bob alone",
+    ),
     ("nothing_between", r"islice\(.*\)", "messages[after:]", "never heard"),
     ("nothing_between", ALL, EARLY_ADD, "Bob heard number"),
     ("receipt", r"ws.send_json\({", "broadcast({", "for its sender only"),
     ("receipt", r'"id": number', '"id": 0', "instead of one"),
+    ("receipt", r'"id": number', '"id": len(messages)', "meanwhile the list grows"),
     ("once", r"key = name", 'key = ""', "the same nonce"),
     ("once", r"if key not in numbers", "if True", "2 times"),
-    ("once", r" *numbers\[key\] = .*\n", "", "KeyError"),
+    ("once", r" *numbers\[key\] = .*\n", "", "`numbers` does not have this key"),
+    (
+        "once",
+        r"( *numbers.* = .*\n)( *await b.*\n)",
+        r"\2\1",
+        "2 times: `broadcast` waits",
+    ),
     ("typing", r" *continue\n", "", "KeyError"),
     ("typing", r'"user": name}', '"user": event["user"]}', "instead of one"),
     ("waiting_for_nobody", r"write\(frame\)", "write(data)", ""),
@@ -455,7 +477,11 @@ async def test_people_talk_in_frames_of_the_notebook(jupyter):
     await echo.locator("li:not(.waiting)", has_text="Hello?").wait_for()
 
 
-PLACES = {"localhost": "localhost", "127.0.0.1": "127.0.0.1", "network": own_address()}
+PLACES = {
+    "localhost": "localhost",
+    "127.0.0.1": "127.0.0.1",
+    "network": chat.own_address(),
+}
 
 
 async def show_frames(stack, server, *paths):

@@ -125,7 +125,7 @@ class LittleServer:
 def fresh(talk, **changed):
     """Return the same functions with empty lists, dictionaries and sets of their own.
 
-    So each server begins with nobody and no message, and a cell can be run again.
+    So each server begins without a person or a message, and a cell can be run again.
     """
     theirs = talk.__globals__ | changed
     ours = dict(theirs)
@@ -202,13 +202,13 @@ KEPT = 12  # servers of the newest calls of `play`, so that frames further up st
 playing: list[contextlib.AsyncExitStack] = []
 
 
-async def play(talk, *names: str, page: str = page, typing: bool = False):
+async def play(talk, *names: str, page: str = page, typing=False, host="127.0.0.1"):
     """Serve a handler until `stop_playing`, and show a page for each name.
 
-    A cell that is run again gets another server: it begins with nobody and no message.
+    A cell that is run again gets another server, without a person or a message.
     """
     stack = contextlib.AsyncExitStack()
-    server = await stack.enter_async_context(little(talk, page, log=True))
+    server = await stack.enter_async_context(little(talk, page, log=True, host=host))
     server.paths = [f"/?name={name}{'&typing' * typing}" for name in names]
     playing.append(stack)
     while len(playing) > KEPT:
