@@ -87,8 +87,9 @@ def repair(check):
     @functools.wraps(check)
     async def repaired(mine):
         said = await run(check, (mine,))
-        print(said)
-        return mine if said[0] in "✓○" else chat
+        passed = said[0] == "✓"
+        print(said if passed else f"{said}\n{OURS}")
+        return mine if passed else chat
 
     return repaired
 

@@ -27,6 +27,8 @@ class Client:
 
     async def read(self) -> None:
         async for frame in self.ws:
+            if frame.type is aiohttp.WSMsgType.ERROR:  # these bytes are no frame
+                return
             event = json.loads(frame.data)
             self.hear(event if isinstance(event, dict) else {"type": "", "raw": event})
 
@@ -52,7 +54,14 @@ class Client:
             raise TimeoutError(waited) from None
 
     async def send(self, **event) -> None:
-        await self.ws.send_json(event)
+        """Send an event. Raises ConnectionError, which says how it ended."""
+        try:
+            await self.ws.send_json(event)
+        except ConnectionError:
+            how = {1002: "these bytes were not a frame", 1006: "it was cut off"}
+            code = self.ws.close_code
+            ended = f"{self.name.capitalize()}'s connection has ended: "
+            raise ConnectionError(ended + how.get(code, f"code {code}") + ".") from None
 
     async def say(self, text: str, nonce: str = "", seconds: float = 3) -> dict:
         """Say something; return the receipt, or the error. Raises TimeoutError."""
@@ -75,7 +84,8 @@ class Client:
 
     async def break_off(self) -> None:
         """Lose the connection without a word, as a phone in a tunnel does."""
-        self.ws._response.connection.transport.abort()
+        if connection := self.ws._response.connection:
+            connection.transport.abort()
         await self.disconnect()
 
     async def disconnect(self) -> None:

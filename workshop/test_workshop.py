@@ -385,9 +385,18 @@ WRONG_ATTEMPTS = [
     ),
     ("typing", r" *continue\n", "", "KeyError"),
     ("typing", r'"user": name}', '"user": event["user"]}', "instead of one"),
-    ("waiting_for_nobody", r"write\(frame\)", "write(data)", ""),
+    (
+        "waiting_for_nobody",
+        r"write\(frame\)",
+        "write(data)",
+        "these bytes were not a frame",
+    ),
     ("waiting_for_nobody", r"transport.write\(.*", "await ws.send_json(event)", ""),
+    ("waiting_for_nobody", r"\.values\(\)", "", "the keys, or the transports?"),
     ("bounded", r"65_536", "65_536_000", "KiB wait"),
+    ("bounded", r"transport.abort\(\)", "continue", "Bob is skipped"),
+    ("bounded", r" > 65_536", " < 65_536", "connection has ended: it was cut off"),
+    ("bounded", r"_size\(\)", "_size", "Your handler raised TypeError"),
 ]
 
 

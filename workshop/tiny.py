@@ -227,12 +227,16 @@ async def stall(talk, messages: int = 700) -> list[float]:
     Return how many KiB wait for Bob in the server after each of them. The list ends
     where Ann has had no receipt for a second.
     """
-    waiting = []
     async with little(talk) as server:
-        ann, bob = await server.join("ann"), await server.join("bob")
-        bob.reader.cancel()  # nobody reads on Bob's side any more
-        with contextlib.suppress(TimeoutError):
-            for _ in range(messages):
-                await ann.say("x" * 10_000, seconds=1)
-                waiting.append(server.transports["bob"].get_write_buffer_size() / 1024)
+        return await stall_in(server, messages)
+
+
+async def stall_in(server: LittleServer, messages: int = 700) -> list[float]:
+    waiting = []
+    ann, bob = await server.join("ann"), await server.join("bob")
+    bob.reader.cancel()  # Bob's side reads no more
+    with contextlib.suppress(TimeoutError):
+        for _ in range(messages):
+            await ann.say("x" * 10_000, seconds=1)
+            waiting.append(server.transports["bob"].get_write_buffer_size() / 1024)
     return waiting
