@@ -199,6 +199,8 @@ async def origin(mine) -> None:
         got = await ann.peek("/ws?after=0", headers=other)
         read = f"The other page still opens a WebSocket, and reads {got}."
         need(not isinstance(got, dict), read)
+        raised = [line for line in server.log if "rror handling" in line]
+        need(not raised, f"The chat complained: {' '.join(raised)}")
         need(got == 403, f"The other page gets {got}; 403 says that it is forbidden.")
         own = await ann.peek("/ws", headers={"Origin": server.url})
         need(isinstance(own, dict), f"The chat's own page gets {own} now.")

@@ -151,6 +151,12 @@ WRONG_ATTEMPTS = [
     ("title", "=30", "=29", "30 characters should be allowed"),
     ("origin", r"raise web\.HTTPForbidden\(\)", "pass", "still opens a WebSocket"),
     ("origin", "HTTPForbidden", "HTTPNotFound", "403 says that it is forbidden"),
+    (
+        "origin",
+        r"web\.HTTPForbidden",
+        "HTTPForbidden",
+        "name 'HTTPForbidden' is not defined",
+    ),
     ("timing", r"        mark\(error, start\)\n", "", "A redirect"),
     ("timing", r"1000 \* ", "", "A page that takes 50 ms"),
     ("timing", "await handler", "handler", f"`handler` {NEVER}"),
