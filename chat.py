@@ -1686,16 +1686,20 @@ def raise_descriptor_limit() -> None:
 def print_addresses(text: str) -> None:
     """Print the chat's address and, for 0.0.0.0, one that other machines can reach."""
     print(text)
-    if port := re.search(r"//0\.0\.0\.0:(\d+)", text):
-        print(f"From other machines: http://{own_address()}:{port[1]}")
+    port, address = re.search(r"//0\.0\.0\.0:(\d+)", text), own_address()
+    if port and address:
+        print(f"From other machines: http://{address}:{port[1]}")
 
 
-def own_address() -> str:
-    """Return this machine's address in its network. Nothing is sent for it."""
+def own_address() -> str | None:
+    """Return this machine's address, or None without a route to other machines.
+
+    Nothing is sent: the system only says from which address it would send.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
         probe.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
         return probe.getsockname()[0]
-    return socket.gethostname()
+    return None
 
 
 if __name__ == "__main__":

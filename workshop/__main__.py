@@ -23,7 +23,8 @@ from workshop.mongodb import find_mongod, free_port, is_free
 
 REQUIREMENTS = Path(__file__).parent.with_name("requirements.txt")
 MARKS = {"yes": "\33[32m✓\33[0m", "no": "\33[31m✗\33[0m", "maybe": "\33[33m○\33[0m"}
-INSTALL = f"{sys.executable} -m pip install -r requirements.txt"
+PYTHON = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+INSTALL = f"{PYTHON} -m pip install -r requirements.txt"
 BROWSER_SECONDS = 15
 
 
@@ -164,7 +165,8 @@ async def look_at_browser(report: Report) -> None:
     except (TimeoutError, asyncio.CancelledError) as error:
         silent = isinstance(error, TimeoutError)
         cause = "did not answer" if silent else "none was found on this machine"
-        report.say("maybe", "Browser", f"{cause}; any modern one will do")
+        short = "browser silent" if silent else "no browser"
+        report.say("maybe", "Browser", f"{cause}; any modern one will do", short)
         return
     finally:
         await runner.cleanup()

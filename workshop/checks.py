@@ -67,7 +67,7 @@ def task(name: str, function: str = "talk"):
     def decorate(check):
         @functools.wraps(check)
         async def run(*attempts):
-            if any(map(is_ours, attempts[:1])):  # the cell was run a second time
+            if is_ours(attempts[0]) or attempts[0] is page:  # run a second time
                 attempts = (NOT_ATTEMPTED,)
             said = await verdict(check, *attempts)
             passed = said.startswith("✓")

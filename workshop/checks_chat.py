@@ -86,6 +86,11 @@ def repair(check):
 
     @functools.wraps(check)
     async def repaired(mine):
+        # A cell that could not be read leaves `mine` as it was: the chat, or the copy
+        # of another chapter.
+        if mine is chat or getattr(mine, "CHECKED", check) is not check:
+            mine = NOT_ATTEMPTED
+        mine.CHECKED = check
         said = await run(check, (mine,))
         passed = said[0] == "✓"
         print(said if passed else f"{said}\n{OURS}")

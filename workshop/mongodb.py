@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 NO_MONGODB = (
-    "There is no MongoDB here. Set MONGO_HOST to the URI of a replica set, or see "
-    "«Many processes, one room» in the README; then run this cell again."
+    "There is no MongoDB here with a stream of changes. Set MONGO_HOST to the URI of a "
+    "replica set, or see «Many processes, one room» in the README; then run this again."
 )
 
 
@@ -40,8 +40,9 @@ async def replica_set():
             hello = {}
             with contextlib.suppress(pymongo.errors.PyMongoError):
                 hello = await one.admin.command("hello")
-        yield uri if hello.keys() & {"setName", "msg"} else None
-        return
+        if hello.keys() & {"setName", "msg"}:  # else it has no stream of changes
+            yield uri
+            return
     if not find_mongod():
         yield None
         return

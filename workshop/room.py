@@ -6,7 +6,7 @@ from IPython.display import HTML, display
 
 import chat
 from workshop.mongodb import is_free
-from workshop.servers import Server, look, serving
+from workshop.servers import Server, look, own_address, serving
 
 opened = contextlib.AsyncExitStack()
 memory = chat.AsyncMongoMockClient(tz_aware=True)  # outlives a cell that is run again
@@ -55,11 +55,9 @@ async def open_room(host: str = "127.0.0.1", port: int = 8080) -> Room:
         port = 0
     server = await opened.enter_async_context(serving(host=host, port=port, **kept))
     if host == "0.0.0.0":
-        address = f"http://{chat.own_address()}:{server.port}"
+        address = f"http://{own_address()}:{server.port}"
         big = "font-size:2.5em;font-weight:600;margin:.3em 0"
         display(HTML(f'<p>Type this address:</p><p style="{big}">{address}</p>'))
-    else:
-        print("Only this machine can reach this chat.")
     look(server)
     return Room(server)
 

@@ -13,6 +13,7 @@ import sys
 from unittest.mock import patch
 
 import aiohttp
+import psutil
 from aiohttp import web
 from bson import ObjectId
 from IPython.display import HTML, display
@@ -23,6 +24,8 @@ from workshop.copies import NotAttempted
 from workshop.mongodb import NO_MONGODB, replica_set
 from workshop.people import PASSWORD, Person
 
+# Where cells serve: "0.0.0.0" is for a notebook that is opened by another machine.
+HOST = os.environ.get("WORKSHOP_HOST", "127.0.0.1")
 FIELDS = chat.Settings.model_fields
 DEFAULTS = {name: field.default for name, field in FIELDS.items()}
 # Cookies know no ports: a cookie of another chat on this host is no news.
@@ -117,9 +120,7 @@ class Lines(logging.Handler):
 
 
 @contextlib.asynccontextmanager
-async def serving(
-    module=chat, host="127.0.0.1", port=0, change=None, log=False, **replaced
-):
+async def serving(module=chat, host=HOST, port=0, change=None, log=False, **replaced):
     """Serve the chat, or a copy of it, for as long as a `with` block lasts.
 
     `replaced` are settings, and names of chat.py that get another value while the
@@ -219,7 +220,7 @@ def look(server, *paths: str, height: int = 480) -> None:
     address = f"http://localhost:{server.port}{paths[0]}"
     parts = [link.format("In a window of its own", address, address)]
     if server.host == "0.0.0.0":
-        address = f"http://{chat.own_address()}:{server.port}{paths[0]}"
+        address = f"http://{own_address()}:{server.port}{paths[0]}"
         parts.append(link.format("From other machines", address, address))
     # A frame in VS Code belongs to another site than the chat: no cookies.
     if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys():
@@ -249,8 +250,16 @@ else if (here || !{far} && /^[0-9.]+$/.test(host))
     frame.src = `http://${{host}}:{server.port}${{frame.dataset.path}}`;
 else
   place.textContent = "You opened this notebook at " + host +
-    '. A frame there needs host="0.0.0.0" in the call that serves the chat.';
+    ". For frames there, start Jupyter with WORKSHOP_HOST=0.0.0.0 set.";
 }}</script>"""
+
+
+def own_address() -> str:
+    """Return this machine's address, also on a network without a way out of it."""
+    if address := chat.own_address():
+        return address
+    found = [a.address for card in psutil.net_if_addrs().values() for a in card]
+    return next((a for a in found if re.fullmatch(r"(?!127)[\d.]+", a)), "127.0.0.1")
 
 
 # --- In a process of its own ---

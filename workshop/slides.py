@@ -1,7 +1,8 @@
 """Make slides of the notebook: one file that needs no network.
 
-    npm pack reveal.js@4 && tar xzf reveal.js-4*.tgz
-    python -m workshop.slides package tutorial.slides.html
+    npm pack reveal.js@4.6.1
+    tar xzf reveal.js-4.6.1.tgz
+    python -m workshop.slides package slides.html
 
 It runs the notebook first. `package` is the folder that was unpacked. The live frames
 work in the notebook only.

@@ -1,7 +1,7 @@
 """Fill a stick with wheels, for rooms whose network can't install anything.
 
-    python -m workshop.stick wheels              for every system
-    python -m workshop.stick wheels windows 3.13 for one of them
+    python -m workshop.stick wheels                 for every system
+    python -m workshop.stick wheels windows 3.13    for one of them
 
 On each machine, without a network:
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parent.with_name("requirements.txt")
-VERSIONS = "3.11", "3.12", "3.13"
+VERSIONS = "3.11", "3.12", "3.13", "3.14"
 # pip finds another system's files, but it answers conditions like `os_name == "nt"` for
 # this machine. So what only one system, or only Python 3.11, needs is named here.
 OLDER = ["overrides"]
@@ -39,6 +39,8 @@ def fill(folder: str, system: str, version: str) -> None:
 
 
 def main(folder: str, system: str = "", version: str = "") -> None:
+    if system and system not in SYSTEMS:
+        sys.exit(f"{system} is none of {', '.join(SYSTEMS)}")
     for name in [system] if system else SYSTEMS:
         for number in [version] if version else VERSIONS:
             fill(folder, name, number)

@@ -137,6 +137,15 @@ async def test_broken_copy_breaks_what_its_repair_mends(learner, name):
     assert BROKEN[name] in said
 
 
+async def test_copy_of_another_chapter_is_no_attempt(learner):
+    """A cell that could not be read leaves `mine` as it was."""
+    await learner.run(preparation("rate"))
+    assert (await learner.attempt("rate", solution("rate"))).startswith("✓")
+    assert (await learner.attempt("rate", "pass")).startswith("✓")  # run once more
+    assert (await learner.attempt("origin", "pass")).startswith("○")
+    assert (await learner.attempt("origin", "mine = chat")).startswith("○")
+
+
 # A change of the solution, and what the check says of it.
 NEVER = "was called and never awaited"
 DROP = "if bucket.take():\n                continue"

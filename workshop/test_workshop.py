@@ -20,7 +20,6 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import unused_port
 
-import chat
 from conftest import (
     HERE,
     NO_MONGOD,
@@ -34,7 +33,7 @@ from conftest import (
 from workshop import pictures, scenarios, slides
 from workshop.mongodb import find_mongod
 from workshop.room import close_room, open_room
-from workshop.servers import frames, serving
+from workshop.servers import frames, own_address, serving
 from workshop.tiny import little, step
 
 
@@ -489,7 +488,7 @@ async def test_people_talk_in_frames_of_the_notebook(jupyter):
 PLACES = {
     "localhost": "localhost",
     "127.0.0.1": "127.0.0.1",
-    "network": chat.own_address(),
+    "network": own_address(),
 }
 
 
@@ -537,7 +536,7 @@ async def test_frame_says_why_it_cannot_be_shown(browser):
         port = await show_frames(stack, server, "/")
         page = await (await browser.new_context()).new_page()
         await page.goto(f"http://{PLACES['network']}:{port}")
-        await page.get_by_text('needs host="0.0.0.0"').wait_for()
+        await page.get_by_text("start Jupyter with WORKSHOP_HOST=0.0.0.0").wait_for()
 
 
 # --- Pictures ---

@@ -16,7 +16,7 @@ from aiohttp import web
 from workshop import scenarios
 from workshop.copies import Page
 from workshop.people import Client
-from workshop.servers import Lines, frames
+from workshop.servers import HOST, Lines, frames, own_address
 
 HERE = Path(__file__).parent
 page = Page((HERE / "page.html").read_text("utf-8"))
@@ -59,8 +59,8 @@ class Guest(Client):
 class LittleServer:
     """A little chat that runs inside the notebook, with its own empty state."""
 
-    def __init__(self, talk, page: str, host: str) -> None:
-        self.talk, self.page, self.host, self.port = fresh(talk), page, host, 0
+    def __init__(self, talk, page: str) -> None:
+        self.talk, self.page, self.host, self.port = fresh(talk), page, HOST, 0
         self.people, self.paths, self.transports = [], [], {}
         self.log, self.warnings = [], []
 
@@ -72,7 +72,8 @@ class LittleServer:
         return f"A little chat at {self.url}"
 
     def _repr_html_(self) -> str:
-        address = f"http://localhost:{self.port}"
+        host = own_address() if HOST == "0.0.0.0" else "localhost"
+        address = f"http://{host}:{self.port}"
         links = ", ".join(
             f'<a href="{address}{path}" target="_blank">{re.split("[=&]", path)[1]}</a>'
             for path in self.paths
@@ -176,12 +177,12 @@ def step(name: str, function: str = "talk"):
 
 
 @contextlib.asynccontextmanager
-async def little(talk, page: str = page, log: bool = False, host: str = "127.0.0.1"):
+async def little(talk, page: str = page, log: bool = False):
     """Serve a handler of part A for as long as a `with` block lasts.
 
     What goes wrong in it is kept, as `server.complaints`; with `log` it is printed.
     """
-    server = LittleServer(talk, page, host)
+    server = LittleServer(talk, page)
     async with contextlib.AsyncExitStack() as stack:
         if not log:
             caught = warnings.catch_warnings(record=True, action="always")
@@ -192,7 +193,7 @@ async def little(talk, page: str = page, log: bool = False, host: str = "127.0.0
         runner = web.AppRunner(server.app(), shutdown_timeout=0.1, access_log=None)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        await web.TCPSite(runner, host, 0).start()
+        await web.TCPSite(runner, HOST, 0).start()
         server.port = runner.addresses[0][1]
         stack.push_async_callback(server.send_home)
         yield server
@@ -202,13 +203,13 @@ KEPT = 12  # servers of the newest calls of `play`, so that frames further up st
 playing: list[contextlib.AsyncExitStack] = []
 
 
-async def play(talk, *names: str, page: str = page, typing=False, host="127.0.0.1"):
+async def play(talk, *names: str, page: str = page, typing: bool = False):
     """Serve a handler until `stop_playing`, and show a page for each name.
 
     A cell that is run again gets another server, without a person or a message.
     """
     stack = contextlib.AsyncExitStack()
-    server = await stack.enter_async_context(little(talk, page, log=True, host=host))
+    server = await stack.enter_async_context(little(talk, page, log=True))
     server.paths = [f"/?name={name}{'&typing' * typing}" for name in names]
     playing.append(stack)
     while len(playing) > KEPT:
