@@ -437,7 +437,7 @@ async def policy(mine) -> None:
     need(frames is not None, "Any page may still show the chat in a frame.")
     need("*" not in frames, "frame-ancestors * lets any page show the chat in a frame.")
     notebook = "http://127.0.0.1:*" in frames
-    need(notebook, "This notebook may not show the chat in a frame now: {framed_by}.")
+    need(notebook, "The notebook may not show the chat in a frame: add `framed_by`.")
 
 
 @exercise("who", "Who")

@@ -12,8 +12,9 @@ import tempfile
 from pathlib import Path
 
 NO_MONGODB = (
-    "There is no MongoDB here with a stream of changes. Set MONGO_HOST to the URI of a "
-    "replica set, or see «Many processes, one room» in the README; then run this again."
+    "There is no MongoDB here with a stream of changes. Install one (README, «Many "
+    "processes, one room»), or set os.environ['MONGO_HOST'] to the URI of a replica set; "
+    "then run this cell again."
 )
 
 
