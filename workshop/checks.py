@@ -10,9 +10,9 @@ import textwrap
 from types import FunctionType
 
 from workshop import scenarios
-from workshop.copies import NOT_ATTEMPTED, NotAttempted, Page
+from workshop.copies import NOTHING_NEW, NotAttempted, Page
 from workshop.people import quiet
-from workshop.scenarios import Lacking, heard, need, need_order
+from workshop.scenarios import Lacking, Unable, heard, need, need_order
 from workshop.tiny import fresh, functions_of, is_ours, little, page, stall_in, step
 
 OURS = "  What follows uses the notebook's own solution, until yours passes."
@@ -41,7 +41,7 @@ async def verdict(function, *attempts, seconds: float = 20) -> str:
     """Run a check. Return what it says: nothing lacks where it begins with ✓."""
     for attempt in attempts:
         if isinstance(attempt, NotAttempted) and attempt.wrong:
-            return f"✗ Not yet. {attempt.wrong.removeprefix('✗ ')}"
+            return attempt.wrong.replace("✗", "✗ Not yet.")
     if any(map(is_stub, attempts)):
         return "○ Not attempted yet: there is a gap to fill."
     try:
@@ -49,6 +49,8 @@ async def verdict(function, *attempts, seconds: float = 20) -> str:
             await function(*attempts)
     except Lacking as error:
         return f"✗ Not yet. {error}"
+    except Unable as error:
+        return f"○ {error}"
     except ConnectionError as error:
         return f"✗ Not yet. {error}"
     except TimeoutError as error:
@@ -68,7 +70,7 @@ def task(name: str, function: str = "talk"):
         @functools.wraps(check)
         async def run(*attempts):
             if is_ours(attempts[0]) or attempts[0] is page:  # run a second time
-                attempts = (NOT_ATTEMPTED,)
+                attempts = (NOTHING_NEW,)
             said = await verdict(check, *attempts)
             passed = said.startswith("✓")
             print(said if passed else f"{said}\n{OURS}")

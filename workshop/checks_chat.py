@@ -23,10 +23,10 @@ from mongomock_motor import AsyncCursor
 
 import chat
 from workshop.checks import OURS, has_gap, verdict
-from workshop.copies import NOT_ATTEMPTED, NotAttempted
+from workshop.copies import NOT_ATTEMPTED, NOTHING_NEW, NotAttempted
 from workshop.mongodb import NO_MONGODB, replica_set
 from workshop.people import quiet
-from workshop.scenarios import Lacking, heard, need, need_order
+from workshop.scenarios import Lacking, Unable, heard, need, need_order
 from workshop.servers import DEFAULTS, serving
 from workshop.tiny import is_ours, step
 
@@ -76,7 +76,9 @@ async def run(check, attempts) -> str:
     """Run a check and return what it says. Our own solution is no attempt."""
     if any(isinstance(attempt, NotAttempted) for attempt in attempts):
         return await verdict(check, *attempts)
-    if any(is_ours(attempt) or adds_nothing(attempt) for attempt in attempts):
+    if any(map(is_ours, attempts)):
+        return await verdict(check, NOTHING_NEW)
+    if any(map(adds_nothing, attempts)):
         return await verdict(check, NOT_ATTEMPTED)
     return await verdict(functools.partial(name_what_is_not_awaited, check, *attempts))
 
@@ -89,7 +91,7 @@ def repair(check):
         # A cell that could not be read leaves `mine` as it was: the chat, or the copy
         # of another chapter.
         if mine is chat or getattr(mine, "CHECKED", check) is not check:
-            mine = NOT_ATTEMPTED
+            mine = NOTHING_NEW
         mine.CHECKED = check
         said = await run(check, (mine,))
         passed = said[0] == "✓"
@@ -548,6 +550,12 @@ async def bot(attempt) -> None:
         need_running(server)
         need(len(ann.texts()) > 6, "Its connection broke, and it does not come back.")
         need(len(ann.texts()) == 7, "After its connection broke, it answers twice.")
+        again = asyncio.create_task(attempt(robot.session))  # it hears all once more
+        await quiet(0.3)
+        again.cancel()
+        await asyncio.gather(again, return_exceptions=True)
+        more = len(ann.texts()) - 7
+        need(not more, f"Started again, it answers old questions: {more} answers more.")
 
 
 ROBOT = {"name": "robot"}
@@ -718,7 +726,8 @@ async def health(attempt) -> None:
 @exercise("successor", "PyMongoDatabase", "run_pymongo")
 async def successor(database, run_database) -> None:
     async with replica_set() as uri:
-        need(uri, NO_MONGODB)
+        if not uri:
+            raise Unable(NO_MONGODB)
         place = {"MONGO_HOST": uri, "MONGO_DB_NAME": f"exercise-{ObjectId()}"}
         with patch.object(chat, "AsyncIOMotorClient", None):
             async with trying(run_database=run_database, **place) as server:

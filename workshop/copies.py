@@ -37,6 +37,9 @@ class NotAttempted:
 
 
 NOT_ATTEMPTED = NotAttempted()
+NOTHING_NEW = NotAttempted(
+    "○ Nothing new to check. If your cell raised an error, read its last line."
+)
 
 
 def edit(old: str, new: str, file: str = "chat.py", of=chat, **names):

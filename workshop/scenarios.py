@@ -17,6 +17,10 @@ class Lacking(Exception):
     """Say what an attempt still lacks."""
 
 
+class Unable(Exception):
+    """Say what a check needs that this machine does not have."""
+
+
 def need(condition, sentence: str) -> None:
     if not condition:
         raise Lacking(sentence)

@@ -142,8 +142,8 @@ async def test_copy_of_another_chapter_is_no_attempt(learner):
     await learner.run(preparation("rate"))
     assert (await learner.attempt("rate", solution("rate"))).startswith("✓")
     assert (await learner.attempt("rate", "pass")).startswith("✓")  # run once more
-    assert (await learner.attempt("origin", "pass")).startswith("○")
-    assert (await learner.attempt("origin", "mine = chat")).startswith("○")
+    assert (await learner.attempt("origin", "pass")).startswith("○ Nothing new")
+    assert (await learner.attempt("origin", "mine = chat")).startswith("○ Nothing new")
 
 
 # A change of the solution, and what the check says of it.
@@ -225,6 +225,7 @@ WRONG_ATTEMPTS = [
     ("health", "await chat", "chat", f"`with_deadline` {NEVER}"),
     ("bot", r'event\["text"\] == "!time"', '"!time" in event["text"]', "no command"),
     ("bot", r'f"answer to \{after\}"', '"n-1"', "It answers once only"),
+    ("bot", r'f"answer to \{after\}"', "str(time.time())", "3 answers more"),
     ("bot", "await ws.send", "ws.send", f"`send_json` {NEVER}"),
     ("bot", r'f"answer to \{after\}"', "1", "gets no answer"),
     ("bot", "while True", "if True", "The bot has ended"),
