@@ -35,6 +35,11 @@ NO_MONGOD = (
 )
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Run four workers at least: most tests wait for processes, browsers and clocks."""
+    return max(4, os.cpu_count() or 1)
+
+
 def need(thing, reason):
     """Return a thing that a test needs; where there is none, skip, or fail in CI."""
     if not thing:
