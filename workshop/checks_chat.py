@@ -90,9 +90,10 @@ def repair(check):
     async def repaired(mine):
         # A cell that could not be read leaves `mine` as it was: the chat, or the copy
         # of another chapter.
-        if mine is chat or getattr(mine, "CHECKED", check) is not check:
+        if mine is chat or getattr(mine, "checked_by", check) is not check:
             mine = NOTHING_NEW
-        mine.CHECKED = check
+        elif mine is not NOT_ATTEMPTED:
+            mine.checked_by = check
         said = await run(check, (mine,))
         passed = said[0] == "✓"
         print(said if passed else f"{said}\n{OURS}")
