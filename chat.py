@@ -1688,8 +1688,8 @@ def raise_descriptor_limit() -> None:
 def print_addresses(text: str) -> None:
     """Print the chat's address and, for 0.0.0.0, one that other machines can reach."""
     print(text)
-    port, address = re.search(r"//0\.0\.0\.0:(\d+)", text), own_address()
-    if port and address:
+    port = re.search(r"//0\.0\.0\.0:(\d+)", text)
+    if port and (address := own_address()):
         print(f"From other machines: http://{address}:{port[1]}")
 
 

@@ -66,5 +66,5 @@ class Wire:
             for way, data, meaning in self.rows
         ]
         names = "", "bytes", "the first ten", "what they say"
-        titles = "".join(f"<th style='text-align:left'>{name}</th>" for name in names)
+        titles = "".join(f'<th style="{style}">{name}</th>' for name in names)
         return f"<table><tr>{titles}</tr>{''.join(rows)}</table>"
