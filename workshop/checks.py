@@ -1,7 +1,6 @@
 """The checks of the exercises. They say what an attempt lacks, and never the answer."""
 
 import ast
-import asyncio
 import contextlib
 import functools
 import inspect
@@ -11,7 +10,7 @@ from types import FunctionType
 
 from workshop import scenarios
 from workshop.copies import NOTHING_NEW, NotAttempted, Page
-from workshop.people import quiet
+from workshop.people import patience, quiet
 from workshop.scenarios import Lacking, Unable, heard, need, need_order
 from workshop.tiny import fresh, functions_of, is_ours, little, page, stall_in, step
 
@@ -45,7 +44,7 @@ async def verdict(function, *attempts, seconds: float = 20) -> str:
     if any(map(is_stub, attempts)):
         return "○ Not attempted yet: there is a gap to fill."
     try:
-        async with asyncio.timeout(seconds):
+        async with patience(seconds):
             await function(*attempts)
     except Lacking as error:
         return f"✗ Not yet. {error}"

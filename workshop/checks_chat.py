@@ -25,7 +25,7 @@ import chat
 from workshop.checks import OURS, has_gap, verdict
 from workshop.copies import NOT_ATTEMPTED, NOTHING_NEW, NotAttempted
 from workshop.mongodb import NO_MONGODB, replica_set
-from workshop.people import quiet
+from workshop.people import TURN, patience, quiet
 from workshop.scenarios import Lacking, Unable, heard, need, need_order
 from workshop.servers import DEFAULTS, serving
 from workshop.tiny import is_ours, step
@@ -147,7 +147,7 @@ async def trying(*arguments, **replaced):
 async def start(stack: contextlib.AsyncExitStack, block):
     """Enter a block that serves an attempt; say so if that never ends."""
     try:
-        async with asyncio.timeout(8):
+        async with patience(8):
             return await stack.enter_async_context(block)
     except TimeoutError:
         never = "The chat does not start: what stands before `yield` has to end."
@@ -359,40 +359,58 @@ async def emphasis(attempt) -> None:
 # --- 5. WebSocket ---
 @repair
 async def paced(mine) -> None:
-    limits = {"MESSAGES_PER_SECOND": 5, "MESSAGE_BURST": 5}
+    limits = {"MESSAGES_PER_SECOND": 30, "MESSAGE_BURST": 5}
     async with trying(mine, **limits) as server:
         mallory, bob = await server.join("mallory"), await server.join("bob")
-        stops = []
-        watch = asyncio.create_task(note_stops(stops))
         start = time.monotonic()
-        for number in range(12):
+        for number in range(60):
             await mallory.send(type="message", text="", nonce=f"{number}")
-        await quiet(0.7)
-        count = len(errors(mallory))
-        allowed = 5 + 5 * (time.monotonic() - start) + 1
-        await bob.say("Am I held back, too?")
-        await quiet(0.9)
-        watch.cancel()
+        async with turns() as of:
+            await bob.say("Am I held back, too?")
+            for _ in range(300):
+                count, passed = len(errors(mallory)), time.monotonic() - start
+                fast = count > 6 + 30 * passed
+                if fast or count == 60:
+                    break
+                await quiet(TURN)
         await mallory.break_off()
-    stood = f"While Mallory waits, everyone waits: {sum(stops):.1f} s."
-    need(sum(stops) < 0.7, stood)
-    fast = f"After 0.7 s {count} of Mallory's frames have been read: 5 at once and 5 a"
-    need(count <= allowed, f"{fast} second are allowed.")
-    answered = len(errors(mallory))
-    lost = f"{answered} of Mallory's 12 frames got an answer. Don't drop frames:"
-    need(answered == 12, f"{lost} read them later.")
+    read = f"After {passed:.1f} s {count} of Mallory's frames have been read: 5 at once"
+    need(not fast, f"{read} and 30 a second are allowed.")
+    stood = f"While Mallory waits, everyone waits: {of['loop']} turns of the event loop"
+    need(of["loop"] > of["thread"] / 2, f"{stood} to {of['thread']} of a thread.")
+    lost = f"{count} of Mallory's 60 frames got an answer. Don't drop frames:"
+    need(count == 60, f"{lost} read them later.")
 
 
 def errors(person) -> list[dict]:
     return [event for event in person.heard if event["type"] == "error"]
 
 
-async def note_stops(stops: list[float]) -> None:
-    """Note for how long the event loop stands still each time."""
-    while True:
-        start = time.monotonic()
-        await asyncio.sleep(0.01)
-        stops.append(time.monotonic() - start - 0.01)
+@contextlib.asynccontextmanager
+async def turns():
+    """Count the turns of the event loop, and of a thread beside it.
+
+    On a busy machine both have to wait. Where the loop alone waits, it is blocked.
+    """
+    count, end = {"loop": 0, "thread": 0}, threading.Event()
+
+    async def in_loop() -> None:
+        while True:
+            await asyncio.sleep(TURN)
+            count["loop"] += 1
+
+    def in_thread() -> None:
+        while not end.wait(TURN):
+            count["thread"] += 1
+
+    tasks = [asyncio.create_task(in_loop())]
+    tasks.append(asyncio.create_task(asyncio.to_thread(in_thread)))
+    try:
+        yield count
+    finally:
+        end.set()
+        tasks[0].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @exercise("undo", "UndoRoom")
@@ -472,9 +490,9 @@ async def who(attempt) -> None:
 
 
 async def until(condition, seconds: float = 3) -> None:
-    async with asyncio.timeout(seconds):
+    async with patience(seconds):
         while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(TURN)
 
 
 # --- 7. Startup and shutdown ---
@@ -492,7 +510,6 @@ async def told(mine) -> None:
         code = ann.ws.close_code
     slow = f"It took {took:.1f} s to stop, and Ann's side notes {code}: no goodbye."
     need(code == 1001, slow)
-    need(took < 1.5, f"It took {took:.1f} s to stop.")
 
 
 @exercise("host", "run_host")
@@ -635,13 +652,13 @@ async def rooms(attempt) -> None:
         need("tea?" not in await ann.get("/"), "The lobby's page shows the kitchen.")
         page = await ann.get("/kitchen/?before=2")
         need("lobby talk" not in page, "Older messages come from the lobby's database.")
-        start = time.monotonic()
         server.people.clear()
-    took = time.monotonic() - start
+    await bob.reader
+    code = bob.ws.close_code
     await ann.close()
     await bob.close()
-    slow = f"Stopping takes {took:.1f} s: nothing closes the kitchen's connections."
-    need(took < 1.8, slow)
+    cut = f"The chat stops, and Bob's side notes {code}: no goodbye. Nothing closes the"
+    need(code == 1001, f"{cut} kitchen's connections.")
     await nothing_left(before)
 
 
@@ -693,11 +710,14 @@ async def clock(attempt) -> None:
         need(ann.messages(), "It should speak as soon as the chat has started.")
         first = ann.messages()[0]
         need(first["user"] == "clock", "It should speak as the user `clock`.")
-        await heard(ann, 2, seconds=2.5)
+        await heard(ann, 2, seconds=1.2)
+        late = len(ann.messages()) < 2
+        await heard(ann, 2, seconds=3)
         times = [datetime.fromisoformat(event["time"]) for event in ann.messages()]
         need(len(times) > 1, "It speaks once only: is its nonce a new one?")
         passed = (times[1] - times[0]).total_seconds()
-        need(0.5 < passed < 1.7, f"Between two messages {passed:.1f} s passed, not 1.")
+        wrong = late or passed < 0.5
+        need(not wrong, f"Between two messages {passed:.1f} s passed, not 1.")
     await nothing_left(before)
 
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from aiohttp import web
 
-from workshop.people import quiet
+from workshop.people import TURN, patience, quiet
 
 
 class Lacking(Exception):
@@ -44,9 +44,9 @@ def need_order(person, count: int) -> None:
 async def heard(person, count: int, seconds: float = 3) -> None:
     """Wait until a person has heard so many messages, or for a while in vain."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
+        async with patience(seconds):
             while len(person.messages()) < count:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(TURN)
     await quiet(0.05)  # is there one too many?
 
 
