@@ -325,7 +325,7 @@ class Database:
         async with watch as stream:
             try:  # each time: a restore may have removed the indexes
                 await self.create_indexes()
-            except OperationFailure as error:  # an index is missing, but no message
+            except OperationFailure as error:  # without an index, no message is lost
                 log.error("An index could not be created: %s", reason(error))
             yield (as_change(change) async for change in stream)
 
@@ -502,7 +502,7 @@ def fold(text: str) -> str:
 def hash_password(password: str) -> str:
     """Hash with Argon2id (RFC 9106), at OWASP's minimum: 19 MiB and two passes.
 
-    That takes about 40 ms of one core, on purpose. See `in_hash_thread`.
+    That takes 20 to 40 ms of one core, on purpose. See `in_hash_thread`.
     """
     salt = os.urandom(16)
     argon2 = Argon2id(salt=salt, length=32, iterations=2, lanes=1, memory_cost=19_456)
@@ -627,7 +627,8 @@ class Message(Model):
 class Presence(Model):
     """Query who is online: one document per process, with the names of its users.
 
-    MongoDB stamps each document, and removes it 45 s later. So only one clock counts.
+    MongoDB stamps each document at every write, and removes it when the stamp is 45 s
+    old. So only one clock counts.
     """
 
     async def write(self, process: ObjectId, names: list[str]) -> None:
@@ -648,7 +649,7 @@ class Presence(Model):
 # One class per page, one method per HTTP verb. A successful POST answers with a
 # redirect (303), so that a reload does not send it again. If it fails, the form comes
 # back with your input and an error beside each bad field. Only the chat itself needs
-# JavaScript.
+# JavaScript. Beyond the article: passwords are hashed, and attempts are limited.
 # ------------------------------------------------------------------------------
 PAGE = 50  # messages
 LONGEST_FIELD = 254  # characters: an email address has no more (RFC 5321)
@@ -657,8 +658,8 @@ MALFORMED = (HttpProcessingError, web.RequestPayloadError)
 WHY = {
     "cookie": "Your browser did not keep the cookie that signs you in. Allow cookies "
     "for this address, or open the chat in a window of its own.",
-    "ended": "Your session has ended: you signed out or signed in again in another "
-    "tab, or the account is gone.",
+    "ended": "Your session has ended: you signed out in another tab, it expired, or "
+    "the account is gone.",
 }
 
 # Characters that end a web address: brackets, quotes, spaces, controls, typographic and
@@ -808,7 +809,7 @@ class Form(Page):
             raise FormError({"login": sentence}, 429, seconds)
 
     async def in_hash_thread(self, function: Callable, *arguments):
-        """Hash in a dedicated thread, so that a crowd signing in delays no message.
+        """Hash in a dedicated thread: a crowd that signs in hardly delays messages.
 
         Wait for a turn at most HASH_WAIT, then raise FormError (503). A hash that has
         begun is finished. Don't begin one for a client that has hung up meanwhile.
@@ -971,6 +972,8 @@ class SignOut(web.View):
 #    idempotent: the message is stored once.
 # 4. A client that reconnects sends the last number it has. The server replays the
 #    messages after it. A client that counts can detect any gap.
+#
+# Beyond the article: all four, and limits on what one user can send and open.
 # ------------------------------------------------------------------------------
 PING = 30  # seconds between pings; without a pong within 15, we disconnect
 HEARTBEAT = 20  # seconds between events that show a page that it is connected
@@ -1155,8 +1158,9 @@ class Room:
         """Make a connection live and welcome it.
 
         Don't await between the end of the replay and `live`, or this connection would
-        miss broadcasts. Flush first: the replay has sent what waits in `frames`. Then
-        send removed messages again: one may have been removed after its replay.
+        miss broadcasts. Flush first: what waits in `frames` was in the replay, and
+        would come twice. Then send removed messages again: one may have been removed
+        after its replay.
         """
         self.flush()
         connection.live = True
@@ -1198,10 +1202,9 @@ class Room:
     def broadcast(self, event: dict) -> None:
         """Queue an event for all live connections, without waiting for any of them.
 
-        A write is a system call of about 5 µs; the rest of a delivery costs less than
-        1 µs. So encode the frame once for all readers, and hold it for TURNS turns of
-        the event loop. Frames that arrive meanwhile are sent with it, in one write per
-        connection.
+        A write is a system call, and costs most of the 4 µs that a delivery takes. So
+        encode the frame once for all readers, and hold it for TURNS turns of the event
+        loop. Frames that arrive meanwhile are sent with it: one write per connection.
         """
         self.frames.append(encode_frame(event))
         if len(self.frames) == 1:
@@ -1458,7 +1461,7 @@ def validate_event(event: dict, max_length: int) -> str | None:
     return "empty" if is_blank(text) else None
 
 
-# These render as nothing, although Unicode calls them letters, marks or symbols.
+# These render as nothing, whatever Unicode calls them.
 INVISIBLE = set("\u034f\u115f\u1160\u17b4\u17b5\u2065\u2800\u3164\uffa0")
 INVISIBLE |= {chr(n) for n in (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10))}
 INVISIBLE |= {chr(n) for n in (*range(0xFFF0, 0xFFF9), *range(0xE0000, 0xE1000))}
@@ -1479,7 +1482,7 @@ def error_event(code: str, event: dict) -> dict:
 # 6. Routes and static
 #
 # All routes are in one table: path, handler, name. The rest of the code refers to
-# routes by name, so a path can change.
+# routes by name, so a path can change. Beyond the article: a Content-Security-Policy.
 # ------------------------------------------------------------------------------
 ROUTES = [
     ("/", ChatList, "main"),
@@ -1523,6 +1526,7 @@ def add_routes(app: web.Application) -> None:
 # A `cleanup_ctx` function starts something before its `yield`, and stops it after.
 # aiohttp runs the first halves in order, and the second ones in reverse. To shut down,
 # it stops listening, runs `on_shutdown`, waits for handlers, and runs second halves.
+# Beyond the article: if a background task fails, the process says so and ends.
 # ------------------------------------------------------------------------------
 async def run_database(app: web.Application) -> AsyncIterator[None]:
     app[DATABASE] = await open_database(app[SETTINGS])

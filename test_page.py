@@ -1055,7 +1055,7 @@ async def test_older_messages_that_do_not_come_are_a_sentence(room, open_page):
     ann = await open_page(room.url, "ann")
     await ann.route("**/?before=*", lambda route: route.abort())
     await ann.click("#older")
-    await ann.locator("#older-note", has_text="did not come").wait_for()
+    await ann.locator("#older-note", has_text="could not be loaded").wait_for()
     await ann.unroute("**/?before=*")
     await ann.wait_for_selector("#log[aria-busy=false]")
     await ann.click("#older")
@@ -1230,7 +1230,7 @@ async def test_too_many_windows_are_told(serve, open_page):
 
 @pytest.mark.parametrize(
     ("status", "sentence"),
-    [(503, "server is busy"), (502, "does not answer")],
+    [(503, "out of service"), (502, "does not answer")],
 )
 async def test_a_server_that_has_no_time_is_told(room, open_page, status, sentence):
     ann = await open_page(room.url, "ann")
@@ -1250,7 +1250,7 @@ async def test_a_proxy_that_passes_no_websockets_is_named(room, proxy, open_page
     ann.on("websocket", lambda socket: sockets.append(socket))
     between.hostile = True
     between.cut_all()
-    sentence = "does not let WebSockets pass"
+    sentence = "blocks WebSockets"
     await ann.locator("#reason", has_text=sentence).wait_for()
     assert len(sockets) >= 3  # it did not say so after the first
     between.hostile = False

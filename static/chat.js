@@ -168,7 +168,7 @@ function signIn() {
 
 // Don't send what one user typed under the name of another: it waits in its own outbox.
 function becomeOther(name) {
-  stop(`This browser is now signed in as ${name}. The page starts afresh.`);
+  stop(`This browser is now signed in as ${name}. The page will reload.`);
   leaveSoon("/");
 }
 

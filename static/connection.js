@@ -161,9 +161,9 @@ export class Connection {
 }
 
 const REASONS = {
-  400: "Something between you and the chat does not let WebSockets pass. "
+  400: "Something between you and the chat blocks WebSockets. "
     + "The page keeps trying.",
   429: "You have too many windows of the chat open. Close one, and this one connects.",
-  503: "The server is busy. The page connects as soon as it can.",
+  503: "The chat is out of service for a moment. The page connects as soon as it can.",
   none: "The chat does not answer. The page keeps trying, and then sends what you write.",
 };

@@ -276,7 +276,7 @@ function showOlder(click) {
   following = false;
   find("older-note").textContent = "";
   quietly(() => loadOlder().catch(() => {
-    find("older-note").textContent = "The older messages did not come. Try again in a moment.";
+    find("older-note").textContent = "The older messages could not be loaded. Try again in a moment.";
   }));
 }
 

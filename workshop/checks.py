@@ -126,14 +126,17 @@ async def echo(talk) -> None:
             with contextlib.suppress(ConnectionError):  # has the handler ended?
                 await ann.send(**event)
             await quiet(0.05)
-            need(len(ann.heard) <= number, f"One frame went in, {len(ann.heard)} came.")
+            need(
+                len(ann.heard) <= number,
+                f"{number} went in, {len(ann.heard)} came back.",
+            )
             need(
                 ann.heard[number - 1 :],
                 f"Frame {number} went in, and nothing came back.",
             )
             back = ann.heard[number - 1]
             back = back.get("raw", back)
-            need(back == event, f"Back came {back} instead of {event}.")
+            need(back == event, f"The server sent {back!r} back, not {event}.")
 
 
 awaited = echo
@@ -146,7 +149,10 @@ async def broadcast(talk) -> None:
         await ann.send(type="message", text="Anyone here?", nonce="n-1")
         await quiet(0.05)
         need(bob.heard, "Ann said something, and Bob heard nothing.")
-        need(ann.heard, "Ann has to hear her own words too: then she knows they left.")
+        need(
+            ann.heard,
+            "Ann has to hear her own words, too: so she knows that they came.",
+        )
         need(
             len(bob.heard) == 1, f"Ann said one thing, and Bob heard {len(bob.heard)}."
         )
@@ -165,7 +171,7 @@ async def no_ghosts(talk) -> None:
             ghosts = len(server.connections)
             need(
                 not ghosts,
-                f"Eve has left, and the server still holds {ghosts} of hers.",
+                f"Eve has left, and the server still holds her connection ({ghosts}).",
             )
     async with little(talk) as server:  # its handler has to raise here
         ann, eve = await server.join("ann"), await server.join("eve")
@@ -176,7 +182,9 @@ async def no_ghosts(talk) -> None:
             "Eve sent a frame that is not JSON. `frame.json()` raised, and what stands "
             "after the loop was never run.",
         )
-        need(server.connections, "Eve's end has taken Ann's connection along.")
+        need(
+            server.connections, "Eve's connection ended, and Ann's was forgotten, too."
+        )
         await ann.send(type="message", text="Still here?", nonce="n-1")
         await quiet(0.05)
         need(ann.heard, "Eve has gone, and Ann cannot speak any more.")
@@ -199,7 +207,7 @@ async def names(talk) -> None:
         need(
             said["user"] == "ann",
             f"Ann wrote, and the message says {said['user']}: she had sent "
-            '"user": "bob" along. Your own value has to win.',
+            '"user": "bob" along. The name from the address has to win.',
         )
         await ann.break_off()
         await quiet(0.05)
@@ -356,7 +364,7 @@ async def tried(talk, *more) -> None:
         line for f in functions_of(talk) for line in inspect.getsource(f).split("\n")
     ]
     count = sum(bool(line.strip()) for line in source) + 1
-    print(f"{count} lines, with the one that makes the empty lists:")
+    print(f"{count} lines, with the one that makes the empty collections:")
     for scenario in (*scenarios.LOSING_NOTHING, *more):
 
         async def run(talk, scenario=scenario):

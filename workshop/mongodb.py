@@ -13,7 +13,7 @@ from pathlib import Path
 
 NO_MONGODB = (
     "There is no MongoDB here with a stream of changes. Install one (README, «Many "
-    "processes, one room»), or set os.environ['MONGO_HOST'] to the URI of a replica "
+    "processes, one chat»), or set os.environ['MONGO_HOST'] to the URI of a replica "
     "set. Then run this cell again."
 )
 
