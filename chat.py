@@ -1226,18 +1226,14 @@ class Room:
 async def close(connections: list[Connection], code: int) -> None:
     """Close connections concurrently, with a close code.
 
-    Don't drain (wait until everything is sent): a stalled reader would block us. Give
-    readers a second, then drop what is unsent. A connection that is still in its
-    handshake cannot send a close frame; it is aborted.
+    Don't drain (wait until everything is sent): a stalled reader would block us. A
+    reader has a second (`timeout`) to confirm. Then drop what is unsent. A connection
+    that is still in its handshake cannot send a close frame; it is aborted.
     """
     closing = [c.ws.close(code=code, drain=False) for c in connections]
     await asyncio.gather(*closing, return_exceptions=True)
-    transports = [connection.transport for connection in connections]
-    if any(transport.get_write_buffer_size() for transport in transports):
-        await asyncio.sleep(1)
-    for transport in transports:
-        if transport.get_write_buffer_size() or not transport.is_closing():
-            transport.abort()
+    for connection in connections:
+        connection.transport.abort()
 
 
 class Follower:
