@@ -1008,10 +1008,8 @@ def encode_frame(event: dict) -> bytes:
 
     Servers don't mask frames, so the same bytes serve every connection.
     """
-    try:
-        payload = to_json(event).encode()
-    except UnicodeEncodeError:  # half a surrogate pair, in a nonce that we give back
-        payload = json.dumps(event).encode()
+    # Half a surrogate pair, in a nonce that we give back, becomes JSON's `\ud800`.
+    payload = to_json(event).encode(errors="backslashreplace")
     length = len(payload)
     if length < 126:
         return struct.pack("!BB", 0x81, length) + payload
