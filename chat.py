@@ -1653,9 +1653,7 @@ def main() -> None:
 def run(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. Raises CannotStart if the address is not free."""
     sys.stdout.reconfigure(line_buffering=True)  # or a container's log stays empty
-    level, access_log = logging.WARNING, None
-    if settings.DEBUG:
-        level, access_log = logging.DEBUG, logging.getLogger("aiohttp.access")
+    level = logging.DEBUG if settings.DEBUG else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("pymongo").setLevel(logging.INFO)  # DEBUG has hashes and emails
     raise_descriptor_limit()
@@ -1664,9 +1662,8 @@ def run(settings: Settings) -> None:
     app, loop = init_app(settings), new_event_loop()
     app[STOP] = sys.exit
     address = {"host": settings.HOST, "port": settings.PORT, "print": print_addresses}
-    options = {"access_log": access_log, "shutdown_timeout": 1}
     try:
-        web.run_app(app, **address, **options, loop=loop)
+        web.run_app(app, **address, shutdown_timeout=1, loop=loop)
     except (OSError, UnicodeError) as error:
         names = f"HOST {settings.HOST!r} and PORT {settings.PORT}"
         problem = f"must be an address of this machine and a free port ({error})"
