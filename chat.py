@@ -1413,8 +1413,6 @@ class WebSocket(Page):
                     room.send(connection, reply)
                 case WSMsgType.PING:
                     await connection.ws.pong(frame.data)
-                case WSMsgType.ERROR:  # a frame too big, or a connection that broke
-                    break
 
     async def answer(self, user: dict, event: dict) -> dict:
         """Store a message and return its receipt, or else an error."""
@@ -1545,10 +1543,8 @@ async def run_room(app: web.Application) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    try:
+    with suppress(*DATABASE_ERRORS):  # it expires by itself
         await follower.presence.remove(follower.process)
-    except DATABASE_ERRORS as error:
-        log.warning("Presence was left to expire: %s", reason(error))
 
 
 def report(app: web.Application, task: asyncio.Task) -> None:
