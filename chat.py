@@ -1561,7 +1561,7 @@ async def close_room(app: web.Application) -> None:
     await close(list(app[ROOM].connections), WSCloseCode.GOING_AWAY)
 
 
-silent_until: dict[str, float] = {}  # by the template of a line
+lines = make_buckets(rate=1 / 60, burst=1)  # by the template of a line
 
 
 def once_per_minute(record: logging.LogRecord) -> bool:
@@ -1573,10 +1573,8 @@ def once_per_minute(record: logging.LogRecord) -> bool:
     if error and not isinstance(error, (*MALFORMED, OSError, PyMongoError)):
         return True  # a fault of ours, with its traceback
     # Compare templates, not texts: a client's values must not make each line new.
-    kind, now = str(record.msg).partition("\n")[0], time.monotonic()
-    if now < silent_until.get(kind, 0):
+    if lines(str(record.msg).partition("\n")[0]).take():
         return False
-    silent_until[kind] = now + 60
     if error:
         first_line = record.getMessage().partition("\n")[0]
         record.msg = f"{first_line}: {type(error).__name__}"

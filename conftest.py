@@ -58,7 +58,7 @@ def nothing_set(monkeypatch):
     for name in chat.Settings.model_fields:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(chat.Settings.model_config, "env_file", None)
-    chat.silent_until.clear()
+    chat.lines.cache_clear()
 
 
 # --- Real parts: MongoDB ---
