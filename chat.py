@@ -1025,7 +1025,7 @@ class History:
         self.events: dict[int, dict] = {}
         self.receipts: dict[tuple[ObjectId, str], int] = {}  # by user and nonce
         self.last_broadcast = 0  # the newest number that came back as a change
-        self.last_stored = 0  # the newest number that was saved here; it may be ahead
+        self.last_stored = 0  # the newest number known to be stored; it may be ahead
 
     def load(self, messages: list[dict]) -> list[dict]:
         """Replace the history with what is stored, and return the events that differ.
@@ -1070,6 +1070,7 @@ class History:
         return [self.events[number] for number in numbers[-count:]]
 
     def remember(self, user_id: ObjectId, nonce: str, number: int) -> None:
+        self.last_stored = max(self.last_stored, number)
         self.receipts[user_id, nonce] = number
         if len(self.receipts) > HISTORY_SIZE:
             del self.receipts[next(iter(self.receipts))]  # the oldest
@@ -1185,11 +1186,9 @@ class Room:
         async with self.saving:  # two inserts would race for the same number
             if number := history.receipts.get((user["_id"], nonce)):
                 return number
-            last = max(history.last_broadcast, history.last_stored)
-            number = await Message(self.db).save(last, user, text, nonce)
+            number = await Message(self.db).save(history.last_stored, user, text, nonce)
             # Remember it before the broadcast: the sender may repeat it before that.
             history.remember(user["_id"], nonce, number)
-            history.last_stored = max(history.last_stored, number)
             return number
 
     # --- Events out ---
