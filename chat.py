@@ -1581,9 +1581,8 @@ def once_per_minute(record: logging.LogRecord) -> bool:
     return True
 
 
-def init_app(settings: Settings | None = None) -> web.Application:
-    """Make the application; a runner starts it. Raises ValidationError."""
-    settings = settings or Settings()
+def init_app(settings: Settings) -> web.Application:
+    """Make the application; a runner starts it."""
     session = session_middleware(make_storage(settings))
     app = web.Application(
         middlewares=[own_origin, session, db_handler, authorize],
