@@ -1560,7 +1560,7 @@ async def close_room(app: web.Application) -> None:
     await close(list(app[ROOM].connections), WSCloseCode.GOING_AWAY)
 
 
-lines = make_buckets(rate=1 / 60, burst=1)  # by the template of a line
+log_lines = make_buckets(rate=1 / 60, burst=1)  # by the template of a line
 
 
 def once_per_minute(record: logging.LogRecord) -> bool:
@@ -1572,7 +1572,7 @@ def once_per_minute(record: logging.LogRecord) -> bool:
     if error and not isinstance(error, (*MALFORMED, OSError, PyMongoError)):
         return True  # a fault of ours, with its traceback
     # Compare templates, not texts: a client's values must not make each line new.
-    if lines(str(record.msg).partition("\n")[0]).take():
+    if log_lines(str(record.msg).partition("\n")[0]).take():
         return False
     if error:
         first_line = record.getMessage().partition("\n")[0]

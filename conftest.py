@@ -58,7 +58,7 @@ def nothing_set(monkeypatch):
     for name in chat.Settings.model_fields:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(chat.Settings.model_config, "env_file", None)
-    chat.lines.cache_clear()
+    chat.log_lines.cache_clear()
 
 
 # --- Real parts: MongoDB ---

@@ -588,7 +588,7 @@ async def test_foreign_documents_are_passed_over_and_numbers_stay_gapless(
     for name in "eve", "eva", "evi":
         assert (await ann.post("/login", data=form(name))).status == 422
     caplog.clear()
-    chat.lines.cache_clear()
+    chat.log_lines.cache_clear()
     await server.close()
     again = await serve(settings)
     ws = await connect(await sign_in(again, "joe"), after=0)
