@@ -6,6 +6,7 @@ which returns a person (people.py). A scenario that fails raises Lacking.
 
 import asyncio
 import contextlib
+import json
 from unittest.mock import patch
 
 from aiohttp import web
@@ -96,33 +97,84 @@ async def come_back_while_they_talk(server) -> None:
 
 
 async def come_back_slowly(server):
-    """Let Bob come back on a slow network while Ann goes on talking; return Bob."""
+    """Let Bob come back on a slow network: while a frame is sent to him, Ann talks."""
     ann, bob = await server.join("ann"), await server.join("bob")
     await bob.break_off()
     for number in range(1, 11):
         await ann.say(f"{number}")
-    with slow_network(0.004):
+    rest = iter(range(11, 31))
+
+    async def talk_on() -> None:
+        if text := str(next(rest, "")):
+            with contextlib.suppress(ConnectionError):
+                await ann.send(type="message", text=text, nonce=f"n-{text}")
+
+    with slow_replay("bob", talk_on) as replaying:
         back = asyncio.create_task(bob.come_back(after=0))
-        for number in range(11, 31):
-            await ann.say(f"{number}")
+        for _ in range(5):  # no frame is slow where the chat writes without waiting
+            await ann.say(f"{next(rest)}")
         await back
-        await heard(bob, 30, seconds=1)
+        for _ in range(200):
+            if not replaying:
+                break
+            await quiet(TURN)
+        for number in rest:
+            await ann.say(f"{number}")
+    await heard(bob, 30, seconds=1)
     return bob
+
+
+@contextlib.contextmanager
+def slow_replay(name: str, meanwhile):
+    """Let something happen while a frame is sent to a person who comes back.
+
+    It happens at most 8 times for messages, and once for each other frame, until the
+    person has joined. Gives a list that is empty when nobody is on the way.
+    """
+    sockets, sent = [], []
+    prepare, send = web.WebSocketResponse.prepare, web.WebSocketResponse.send_str
+
+    async def note(ws, request):
+        if request.query.get("name") == name:
+            sockets.append(ws)
+        return await prepare(ws, request)
+
+    async def late(ws, data, *arguments, **more):
+        kind = None
+        with contextlib.suppress(ValueError, AttributeError):
+            kind = json.loads(data).get("type")
+        if ws in sockets and kind == "joined":
+            sockets.remove(ws)
+        if ws in sockets and (kind != "message" or sent.count(kind) < 8):
+            sent.append(kind)
+            await meanwhile()
+            await quiet(0.03)
+        await send(ws, data, *arguments, **more)
+
+    both = {"prepare": note, "send_str": late}
+    with patch.multiple(web.WebSocketResponse, **both):
+        yield sockets
 
 
 async def lose_a_receipt(server) -> None:
     """A message whose receipt was lost is sent again, and stored once."""
     ann, bob = await server.join("ann"), await server.join("bob")
-    await ann.send(type="message", text="Pay 100 to Bob.", nonce="n-1")
-    await heard(bob, 1)
+    pay = "Pay 100 to Bob."
+    await bob.say("Hello.")
+    await ann.send(type="message", text=pay, nonce="n-1")
+    await heard(bob, 2)
     await ann.break_off()
     await ann.come_back(after=0)
-    receipt = await ann.say("Pay 100 to Bob.", nonce="n-1")
+    receipt = await ann.say(pay, nonce="n-1")
     await quiet(0.05)
-    count = len(bob.messages())
-    need(count == 1, f"Bob heard 'Pay 100 to Bob.' {count} times.")
+    count = bob.texts().count(pay)
+    need(count == 1, f"Bob heard {pay!r} {count} times.")
     need(receipt["type"] == "receipt", f"Instead of a receipt Ann got {receipt}.")
-    need(receipt.get("id") == 1, f"It is number 1; the receipt says {receipt}.")
+    need(receipt.get("id") == 2, f"It is number 2; the receipt says {receipt}.")
+    await ann.say(pay, nonce="n-2")
+    await heard(bob, 3, seconds=1)
+    again = "Ann pays a second time, with a nonce of its own, and Bob hears nothing."
+    need(bob.texts().count(pay) == 2, again)
 
 
 async def repeat_at_once(server) -> None:

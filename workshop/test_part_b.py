@@ -199,10 +199,17 @@ WRONG_ATTEMPTS = [
     ("paced", "while", "if", "frames have been read"),
     ("paced", "await asyncio", "asyncio", f"`sleep` {NEVER}"),
     ("paced", "await asyncio", "time", "everyone waits"),
+    ("paced", r"sleep\(wait\)", "sleep(0)", "wait for as long as `take` says"),
     ("paced", r"(?s)while.*wait\)", DROP, "Don't drop frames"),
     ("undo", r"own\[-1\]", "events[-1]['id']", "Bob should read"),
     ("undo", r"own\[-1\]", "own[0]", "Bob should read"),
     ("undo", ' and e."text".', "", "Bob should read"),
+    (
+        "undo",
+        r"chat\.Message.*",
+        'self.db.messages.update_one({"_id": own[-1]}, {"$set": {"text": ""}})',
+        "nobody hears it. In memory, only a change by `db.write`",
+    ),
     ("undo", 'text != "/undo"', 'text[:5] != "/undo"', "is an ordinary message"),
     ("undo", "await chat", "chat", f"`blank` {NEVER}"),
     ("undo", "        return self.*", "", "a number: the receipt's"),
@@ -213,6 +220,7 @@ WRONG_ATTEMPTS = [
     ("policy", " . framed_by", "[:20]", "Any page may still show"),
     ("who", "room.online.names", "room.names()", "Zoe is online at another process"),
     ("who", r'"\\n"', '", "', "ann and bob are online"),
+    ("who", r"sorted\((.*?)\)", r"reversed(sorted(\1))", "ann and bob are online"),
     ("who", "chat.Page", "web.View", "HEAD is answered by 405"),
     ("who", "text=", "content_type='text/html', text=", "It should be plain text"),
     ("told", "shutdown", "cleanup", "notes 1006, not 1001"),
@@ -223,6 +231,7 @@ WRONG_ATTEMPTS = [
     ("host", "The chat is open.", "Hello", "At the start host says"),
     ("health", "await chat.*", "pass", "that is a 503"),
     ("health", "await chat", "chat", f"`with_deadline` {NEVER}"),
+    ("health", r"await chat.with_deadline\((.*)\)", r"\1", "that is a 503"),
     ("bot", r'event\["text"\] == "!time"', '"!time" in event["text"]', "no command"),
     ("bot", r'f"answer to \{after\}"', '"n-1"', "It answers once only"),
     ("bot", r'f"answer to \{after\}"', "str(time.time())", "3 answers more"),
@@ -245,11 +254,19 @@ WRONG_ATTEMPTS = [
     ("private", "connection in both", "connection in room.connections", "Eve has"),
     ("private", "            room.send", "            0 and room.send", "in vain"),
     ("private", r'in \(name, user\["name"\]\)', "== name", "ann waited"),
+    ("private", r'f"\{text\}  "', "text", "ValueError: not enough values to unpack"),
     ("private", "wrong or not", "not", "1,009 characters passes"),
     ("clock", r"token_hex\(\)", '"n-1"', "It speaks once only"),
     ("clock", "(?s)    task.cancel.*", "", "a task of yours still runs"),
     ("clock", r"sleep\(1\)", "sleep(3)", "Between two messages"),
     ("clock", r"sleep\(1\)", "sleep(0.01)", "s passed, not 1"),
+    ("clock", r"await asyncio.sleep\(1\)", "time.sleep(1)", "everyone waits"),
+    (
+        "clock",
+        r"await asyncio.gather\(task.*\)",
+        "await task",
+        "It raised CancelledError",
+    ),
     ("clock", "await app", "app", f"`post` {NEVER}"),
     ("clock", ".*sleep.*\n", "", "0.0 s passed, not 1"),
     ("clock", "    yield", "    await task\n    yield", "The chat does not start"),
@@ -284,6 +301,9 @@ RIGHT_ATTEMPTS = [
     ("search", "return .*", "return [message async for message in found]"),
     ("notify", r"self\.queue\.put_nowait", "await self.queue.put"),
     ("origin", r"\(\)", "(text='No.')"),
+    ("emphasis", r"str\(escape\(text\)\)", "__import__('html').escape(text)"),
+    ("timing", "total;dur=", "total; dur="),
+    ("who", r"(text=.*)\)\n", r"\1 + '\\n')\n"),
     ("rate", "ge=1", "gt=0"),
 ]
 
@@ -327,10 +347,10 @@ async def test_cell_that_is_run_again_disconnects_nobody(shared):
     server = await shared()
     ann = await server.join("ann")
     assert await server.join("ann") is ann
-    await ann.say("one")
+    one = await ann.say("one")
     again = await shared()
     assert (again.port, ann.is_connected) == (server.port, True)
-    assert (await ann.say("two"))["id"] == 2
+    assert (await ann.say("two"))["id"] == one["id"] + 1
     await heard(ann, 2)
     assert ann.texts() == ["one", "two"]
     assert await again.join("ann") is ann

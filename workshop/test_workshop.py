@@ -334,6 +334,8 @@ LATE_REMOVE = solution("no_ghosts").replace(
 EARLY_ADD = solution("nothing_between").replace("    connections.add(ws)\n", "")
 EARLY_ADD = EARLY_ADD.replace("    for mess", "    connections.add(ws)\n    for mess")
 ALL = "\\A[\\s\\S]*\\Z"  # the whole solution
+REPLAY = r"    for message in islice.*\n.*\n"
+RECEIPT = r"(.*await broadcast\(messages\[-1\]\)\n)(.*send_json.*\n)"
 WRONG_ATTEMPTS = [
     ("echo", r"await ws.send_json", "ws.send_json", "`send_json` was called and never"),
     ("echo", r"frame.json\(\)", "frame", "sent [1,"),
@@ -402,6 +404,64 @@ WRONG_ATTEMPTS = [
     ),
     ("waiting_for_nobody", r"transport.write\(.*", "await ws.send_json(event)", ""),
     ("waiting_for_nobody", r"\.values\(\)", "", "the keys, or the transports?"),
+    (
+        "broadcast",
+        r"(await broadcast.*)",
+        r"\1; await ws.send_json(frame.json())",
+        "heard her own words 2 times",
+    ),
+    ("names", r"( *await broad.*joined.*\n)", r"\1\1", "Ann came, and Bob heard it 2"),
+    (
+        "names",
+        r"( *await broad.*event \|.*\n)",
+        r"\1\1",
+        "Ann said Hi, and Bob heard it",
+    ),
+    ("names", r"( *await broad.*left.*)", r"\1\n\1", "Ann left, and Bob heard it 2"),
+    ("as_text", "words.textContent = text", "", "Nothing shows the text"),
+    ("as_text", "words.text", "word.text", "does not show the text"),
+    ("me", r"event\['text'\]\[4:\]", "event['text'].split()[1]", "ann says /me waves"),
+    ("me", r"\* {name}", "* ann", "should hear '* eve waves'"),
+    ("history", '1, "user": name}', "1}", "Ann said one, and Bob hears"),
+    (
+        "history",
+        '1, "user": name}',
+        '1, "user": "name"}',
+        "Ann said one, and Bob hears",
+    ),
+    (
+        "nothing_between",
+        REPLAY,
+        "    await gather(*(ws.send_json(m) for m in messages[after:]))\n",
+        "Bob never heard number",
+    ),
+    (
+        "nothing_between",
+        f"({REPLAY})",
+        r'\1    await ws.send_json({"type": "welcome"})\n',
+        "Bob never heard number",
+    ),
+    (
+        "nothing_between",
+        REPLAY,
+        "    while after < len(messages):\n        await ws.send_json(messages[0])\n",
+        "Bob heard number 1 twice",
+    ),
+    ("receipt", RECEIPT, r"\2\1", "was not broadcast: after an `await`"),
+    ("once", r"len\(messages\)\n", "True\n", "It is number 2"),
+    (
+        "once",
+        r'name, event\["nonce"\]((?:.*\n)*?.*)key\[1\]',
+        r'name, event["text"]\1event["nonce"]',
+        "with a nonce of its own",
+    ),
+    (
+        "typing",
+        "continue\n",
+        "await ws.send_json({'type': 'receipt'})\n                continue\n",
+        "a receipt for a notice",
+    ),
+    ("bounded", r"65_536", "900_000", "KiB wait"),
     ("bounded", r"65_536", "65_536_000", "KiB wait"),
     ("bounded", r"transport.abort\(\)", "continue", "Bob is skipped"),
     ("bounded", r" > 65_536", " < 65_536", "connection has ended: it was cut off"),
@@ -419,8 +479,98 @@ async def test_wrong_attempt_is_told_what_it_lacks(attendee, name, old, new, hin
     assert count, "the solution has changed"
     await attendee.open(name)
     said = await attendee.attempt(name, attempt)
-    assert said.startswith("✗ Not yet.")
+    assert said.startswith("✗ Not yet."), said
     assert hint in said
+
+
+# Other ways that are right, too.
+SKIP = """try:
+                await broadcast(frame.json())
+            except ValueError:
+                pass"""
+JOINED = """from contextlib import contextmanager
+
+
+@contextmanager
+def joined(ws):
+    connections.add(ws)
+    try:
+        yield
+    finally:
+        connections.remove(ws)
+
+
+async def talk(request):
+    ws = web.WebSocketResponse()
+    await ws.prepare(request)
+    with joined(ws):
+        async for frame in ws:
+            await broadcast(frame.json())
+    return ws
+"""
+RECEIPT_FIRST = r"""new = \1
+            if new:
+\2\3            if new:
+                await broadcast(messages[numbers[key] - 1])
+"""
+LOCKED = """    async with lock:
+        for message in messages[after:]:
+            await ws.send_json(message)
+        connections.add(ws)
+"""
+RIGHT_ATTEMPTS = [
+    ("no_ghosts", r"await broadcast\(frame.json\(\)\)", SKIP),
+    ("no_ghosts", ALL, JOINED),
+    (
+        "no_ghosts",
+        r"async def talk",
+        "def awake(f):\n    async def talk(request):\n        return await f(request)\n"
+        "    return talk\n\n\n@awake\nasync def talk",
+    ),
+    (
+        "broadcast",
+        r"\Aconnections = set\(\)",
+        "from collections import defaultdict\nrooms = defaultdict(set)\n"
+        "connections = set()\nmain = lambda: rooms['main']",
+    ),
+    *(
+        ("as_text", '"words.textContent = text"', f"'''{shown}'''")
+        for shown in (
+            "words.replaceChildren(text)",
+            "words.prepend(text)",
+            'words["textContent"] = text',
+            "words.textContent = String(text)",
+            "words.textContent = `${text}`",
+            'words.insertAdjacentText("beforeend", text)',
+            "words.append(document.createTextNode(text))",
+        )
+    ),
+    (
+        "nothing_between",
+        REPLAY,
+        "    for m in islice(messages, after, None):\n"
+        "        await gather(ws.send_json(m))\n",
+    ),
+    (
+        "once",
+        r"if (key not in numbers):\n((?: {16}.*\n)*?) {16}await broad.*\n(.*json.*\n)",
+        RECEIPT_FIRST,
+    ),
+    ("once", r"await broadcast\((messages.*)\)", r"task = create_task(broadcast(\1))"),
+]
+
+
+@pytest.mark.parametrize(
+    "name, old, new",
+    RIGHT_ATTEMPTS,
+    ids=[f"{n}-{r[0]}" for n, r in enumerate(RIGHT_ATTEMPTS)],
+)
+async def test_another_right_attempt_passes(attendee, name, old, new):
+    attempt, count = re.subn(old, new, solution(name), count=1)
+    assert count, "the solution has changed"
+    await attendee.open(name)
+    imports = "from asyncio import create_task\n" * ("create_task" in new)
+    assert await attendee.attempt(name, imports + attempt) == "✓ Done."
 
 
 # --- In a real JupyterLab, and Notebook 7 ---

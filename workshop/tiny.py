@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import gc
 import inspect
 import linecache
@@ -9,7 +10,7 @@ import re
 import secrets
 import warnings
 from pathlib import Path
-from types import FunctionType
+from types import CellType, FunctionType
 
 from aiohttp import web
 
@@ -19,6 +20,7 @@ from workshop.people import Client
 from workshop.servers import HOST, Lines, frames, own_address
 
 HERE = Path(__file__).parent
+STEPS = "workshop.steps"
 page = Page((HERE / "page.html").read_text("utf-8"))
 
 
@@ -33,7 +35,8 @@ class Guest(Client):
         """Take one's own words for a receipt, too; and greet whoever joins."""
         super().hear(event)
         waiting = self.receipts.get(event.get("nonce"))
-        if waiting and event["type"] == "message" and not waiting.done():
+        own = event["type"] == "message" and event.get("user", self.name) == self.name
+        if waiting and own and not waiting.done():
             waiting.set_result(event)
         if self.greeting and event["type"] == "joined" and event["user"] != self.name:
             nonce = secrets.token_hex()
@@ -129,35 +132,55 @@ def fresh(talk, **changed):
     So each server begins without a person or a message, and a cell can be run again.
     """
     theirs = talk.__globals__ | changed
-    ours = dict(theirs)
-    for function in functions_of(talk, theirs):
-        for name in names_in(function.__code__):
+    functions, ours = functions_of(talk, theirs), dict(theirs)
+    outer = [cell for function in functions for cell in function.__closure__ or ()]
+    cells, copies = {id(cell): CellType() for cell in outer}, {}
+    for function in functions:
+        own = is_theirs(function.__globals__["__name__"])  # else a library's decorator
+        names = ours if own else function.__globals__
+        closure = tuple(cells[id(cell)] for cell in function.__closure__ or ())
+        code, rest = function.__code__, (function.__name__, function.__defaults__)
+        copies[function] = FunctionType(code, names, *rest, closure)
+        copies[function].__kwdefaults__ = function.__kwdefaults__
+        if not own:
+            copies[function].__module__ = function.__module__
+        for name in names_in(code):
             if isinstance(theirs.get(name), (list, dict, set)):
-                ours[name] = type(theirs[name])()
-        copy = FunctionType(function.__code__, ours, function.__name__)
-        copy.__defaults__, copy.__kwdefaults__ = (
-            function.__defaults__,
-            function.__kwdefaults__,
-        )
-        ours[function.__name__] = copy
-    return ours[talk.__name__]
+                ours[name] = copy.copy(theirs[name])
+                ours[name].clear()
+    for cell in outer:
+        with contextlib.suppress(ValueError):  # it is empty
+            value = cell.cell_contents
+            known = isinstance(value, FunctionType) and value in copies
+            cells[id(cell)].cell_contents = copies[value] if known else value
+    for name, value in theirs.items():
+        if isinstance(value, FunctionType):
+            ours[name] = copies.get(value, value)
+    return copies[talk]
 
 
 def functions_of(talk, names: dict | None = None) -> list[FunctionType]:
     """Return a handler and the functions that it calls, of the same notebook."""
     names, found = names or talk.__globals__, [talk]
     for function in found:  # the list grows meanwhile
-        for name in names_in(function.__code__):
-            value = names.get(name)
+        used = [names.get(name) for name in names_in(function.__code__)]
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # it is empty
+                used.append(cell.cell_contents)
+        for value in used:
             if isinstance(value, FunctionType) and value not in found:
-                theirs = value.__module__ == "__main__" or is_ours(value)
-                found += [value] * theirs
+                found += [value] * is_theirs(value.__module__)
     return found
+
+
+def is_theirs(module: str | None) -> bool:
+    """Tell what a learner has written, and our solutions, from a library's code."""
+    return module == "__main__" or str(module).startswith(STEPS)
 
 
 def is_ours(function) -> bool:
     """Tell a solution of ours from what a learner has written, or edited."""
-    return getattr(function, "__module__", "").startswith("workshop.steps")
+    return getattr(function, "__module__", "").startswith(STEPS)
 
 
 def names_in(code):
@@ -170,7 +193,7 @@ def names_in(code):
 def step(name: str, function: str = "talk"):
     """Return our own solution of a step, from `workshop/steps/`."""
     path = HERE / "steps" / f"{name}.py"
-    names = {"__name__": f"workshop.steps.{name}", "__file__": str(path)}
+    names = {"__name__": f"{STEPS}.{name}", "__file__": str(path)}
     exec(compile(path.read_text("utf-8"), str(path), "exec"), names)
     linecache.checkcache(str(path))
     return names[function]
