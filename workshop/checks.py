@@ -136,7 +136,7 @@ class trying:
                 cause += ". A method is called with brackets: `name()`."
             if cause.startswith("KeyError: ("):
                 cause += ". `numbers` does not have this key."
-            ended = cause.startswith("Connection")  # by the check
+            ended = re.match("(Client)?Connection", cause)  # by the check
             need(not raised or error and ended, f"Your handler raised {cause}")
 
 
