@@ -18,6 +18,9 @@ from workshop.people import patience, quiet
 from workshop.scenarios import Lacking, Unable, heard, need, need_order
 from workshop.tiny import fresh, functions_of, is_ours, little, page, stall_in, step
 
+EDITED = (
+    "  Later cells edit `{}`, which yours does not have. They use the notebook's own."
+)
 OURS = "  What follows uses the notebook's own solution, until yours passes."
 
 
@@ -36,8 +39,10 @@ def has_gap(thing) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
     except (OSError, SyntaxError):  # made by other means than a cell
         return False
+    subscripts = [node for node in ast.walk(tree) if isinstance(node, ast.Subscript)]
+    hints = [node for one in subscripts for node in ast.walk(one.slice)]
     nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return any(node.value is Ellipsis for node in nodes)
+    return any(node.value is Ellipsis and node not in hints for node in nodes)
 
 
 async def verdict(function, *attempts, seconds: float = 20) -> str:
@@ -86,10 +91,11 @@ def no_sleep_of_a_thread():
         yield slept
 
 
-def task(name: str, function: str = "talk"):
+def task(name: str, function: str = "talk", edited: str = ""):
     """Make a check of a step of part A. It returns what the notebook goes on with:
 
-    the attempt if it passes, our own solution of that name if not.
+    the attempt if it passes, our own solution of that name if not, or if the attempt
+    lacks a piece that later cells edit.
     """
 
     def decorate(check):
@@ -100,7 +106,9 @@ def task(name: str, function: str = "talk"):
             said = await verdict(check, *attempts)
             passed = said.startswith("✓")
             print(said if passed else f"{said}\n{OURS}")
-            if passed:
+            if passed and edited and inspect.getsource(attempts[0]).count(edited) != 1:
+                print(EDITED.format(edited))
+            elif passed:
                 return attempts[0]
             return step(name, function) if name else page
 
@@ -141,7 +149,7 @@ class trying:
 
 
 # --- Part A, step by step ---
-@task("echo")
+@task("echo", edited="await ws.send_json")
 async def echo(talk) -> None:
     async with trying(talk) as server:
         ann = await server.join("ann")
@@ -173,6 +181,7 @@ awaited = echo
 @task("broadcast_ghosts")
 async def broadcast(talk) -> None:
     async with trying(talk) as server:
+        need_name(server, "connections")
         ann, bob = await server.join("ann"), await server.join("bob")
         await ann.send(type="message", text="Anyone here?", nonce="n-1")
         await quiet(0.05)
@@ -223,7 +232,7 @@ async def no_ghosts(talk) -> None:
         need(ann.heard, "Eve has gone, and Ann cannot speak any more.")
 
 
-@task("names")
+@task("names", edited="event = frame.json()")
 async def names(talk) -> None:
     async with trying(talk) as server:
         bob = await server.join("bob")
@@ -253,6 +262,10 @@ async def names(talk) -> None:
         need_once(bob, "left", "Ann left")
 
 
+def need_name(server, name: str) -> None:
+    need(hasattr(server, name), f"Keep the name `{name}`: later cells look at it.")
+
+
 def need_once(person, kind: str, what: str, besides: set | tuple = ()) -> None:
     """Need that a person has heard of something once."""
     events = [e for e in person.heard if e.get("type") == kind]
@@ -261,7 +274,8 @@ def need_once(person, kind: str, what: str, besides: set | tuple = ()) -> None:
 
 
 # The ways to show `text`: as what is assigned, or as what is called with it.
-TEXT = r"(text|String\(text\)|text\.toString\(\)|`\$\{text\}`|`` \+ text|text \+ ``)"
+TEXT = r"""(text|String\(text\)|text\.toString\(\)|`\$\{text\}`|""\ \+\ text
+    |text\ \+\ ""|\(text\)|new\ Text\(text\))"""
 SHOWN = rf"""\bwords(\.|\[['"])(textContent|innerText)(['"]\])?\s*=\s*{TEXT}\s*(;|$)
 |\bwords\.(append|prepend|replaceChildren)\((document\.createTextNode\()?{TEXT}\)
 |\bwords\.appendChild\(document\.createTextNode\({TEXT}\)
@@ -271,13 +285,16 @@ SHOWN = rf"""\bwords(\.|\[['"])(textContent|innerText)(['"]\])?\s*=\s*{TEXT}\s*(
 @task("")
 async def as_text(mine) -> None:
     need(isinstance(mine, Page), "It should be a page: what `edit` returns.")
-    need("innerHTML" not in mine, "`innerHTML` reads the text as markup.")
     before = page.splitlines()
     new = [line.strip() for line in mine.splitlines() if line not in before]
+    new = [re.sub("(^| )//.*", "", line) for line in new]
+    markup = re.search("innerHTML|outerHTML|insertAdjacentHTML", "".join(new))
+    need(not markup, f"`{markup and markup[0]}` reads the text as markup.")
     if page not in mine:
         need(" ".join(new).strip("; "), "Nothing shows the text now.")
         shown = re.search(SHOWN, "\n".join(new), re.VERBOSE | re.MULTILINE)
-        need(shown, f"`{new[0]}` does not show the text as it is.")
+        unknown = "it knows `words.textContent = text` and `words.append(text)`."
+        need(shown, f"The check can't tell what `{new[0]}` shows: {unknown}")
 
 
 @task("me", "me")
@@ -304,6 +321,7 @@ async def me(attempt) -> None:
 @task("history_slice")
 async def history(talk) -> None:
     async with trying(talk) as server:
+        need_name(server, "messages")
         ann, bob = await server.join("ann"), await server.join("bob")
         await ann.send(type="message", text="one", nonce="n-1")
         await heard(ann, 1, seconds=1)
@@ -368,7 +386,7 @@ async def receipt(talk) -> None:
             )
 
 
-@task("receipts")
+@task("receipts", edited="            event = frame.json()\n")
 async def once(talk) -> None:
     for scenario in scenarios.LOSING_NOTHING:
         async with trying(talk) as server:
@@ -418,6 +436,11 @@ async def check_bound(talk) -> None:
         need(
             cut, "Bob is skipped, and stays connected: he never learns what he misses."
         )
+        await quiet(0.1)
+        ghosts = (
+            "Bob is cut off, and still waits in `connections`: `close` sends first."
+        )
+        need(len(server.connections) == 1, ghosts)
     async with trying(talk) as server:
         await scenarios.stop_reading(server)
 

@@ -96,6 +96,7 @@ def define(source: str, like: FunctionType, names: dict) -> FunctionType:
     """Run the source of a function beside the names that another one uses."""
     file = f"<copy {next(numbers)} of {like.__name__}>"
     linecache.cache[file] = len(source), None, source.splitlines(True), file
-    names = like.__globals__ | names | {"__name__": "__main__"}
+    notebook = vars(sys.modules["__main__"])  # with what a learner has defined there
+    names = notebook | like.__globals__ | names | {"__name__": "__main__"}
     exec(compile(source, file, "exec"), names)
     return names[like.__name__]

@@ -5,6 +5,7 @@ which returns a person (people.py). A scenario that fails raises Lacking.
 """
 
 import asyncio
+import collections
 import contextlib
 import json
 from unittest.mock import patch
@@ -132,7 +133,7 @@ def slow_replay(name: str, meanwhile):
     It happens at most 8 times for messages, and once for each other frame, until the
     person has joined. Gives a list that is empty when nobody is on the way.
     """
-    sockets, sent = [], []
+    sockets, sent, turn = [], [], collections.defaultdict(asyncio.Lock)
     prepare, send = web.WebSocketResponse.prepare, web.WebSocketResponse.send_str
 
     async def note(ws, request):
@@ -146,11 +147,12 @@ def slow_replay(name: str, meanwhile):
             kind = json.loads(data).get("type")
         if ws in sockets and kind == "joined":
             sockets.remove(ws)
-        if ws in sockets and (kind != "message" or sent.count(kind) < 8):
-            sent.append(kind)
-            await meanwhile()
-            await quiet(0.03)
-        await send(ws, data, *arguments, **more)
+        async with turn[id(ws)]:  # frames don't overtake each other
+            if ws in sockets and (kind != "message" or sent.count(kind) < 8):
+                sent.append(kind)
+                await meanwhile()
+                await quiet(0.03)
+            await send(ws, data, *arguments, **more)
 
     both = {"prepare": note, "send_str": late}
     with patch.multiple(web.WebSocketResponse, **both):

@@ -159,6 +159,7 @@ WRONG_ATTEMPTS = [
     ("title", "TITLE", "title", "no setting TITLE"),
     ("title", "=30", "=29", "30 characters should be allowed"),
     ("origin", r"raise web\.HTTPForbidden\(\)", "pass", "still opens a WebSocket"),
+    ("origin", r"raise web", "if request.path == '/ws': raise web", "send Ann's forms"),
     ("origin", "HTTPForbidden", "HTTPNotFound", "403 says that it is forbidden"),
     (
         "origin",
@@ -210,6 +211,12 @@ WRONG_ATTEMPTS = [
         'self.db.messages.update_one({"_id": own[-1]}, {"$set": {"text": ""}})',
         "nobody hears it. In memory, only a change by `db.write`",
     ),
+    (
+        "undo",
+        'text != "/undo"',
+        '"/undo" not in text.split()',
+        "say /undo now is an ord",
+    ),
     ("undo", 'text != "/undo"', 'text[:5] != "/undo"', "is an ordinary message"),
     ("undo", "await chat", "chat", f"`blank` {NEVER}"),
     ("undo", "        return self.*", "", "a number: the receipt's"),
@@ -232,6 +239,7 @@ WRONG_ATTEMPTS = [
     ("health", "await chat.*", "pass", "that is a 503"),
     ("health", "await chat", "chat", f"`with_deadline` {NEVER}"),
     ("health", r"await chat.with_deadline\((.*)\)", r"\1", "that is a 503"),
+    ("bot", r"\?after=\{after\}", "", "what Ann said meanwhile has no answer"),
     ("bot", r'event\["text"\] == "!time"', '"!time" in event["text"]', "no command"),
     ("bot", r'f"answer to \{after\}"', '"n-1"', "It answers once only"),
     ("bot", r'f"answer to \{after\}"', "str(time.time())", "3 answers more"),
@@ -255,6 +263,7 @@ WRONG_ATTEMPTS = [
     ("private", "            room.send", "            0 and room.send", "in vain"),
     ("private", r'in \(name, user\["name"\]\)', "== name", "ann waited"),
     ("private", r'f"\{text\}  "', "text", "ValueError: not enough values to unpack"),
+    ("private", '"/msg "', '"/msg"', "is an ordinary message"),
     ("private", "wrong or not", "not", "1,009 characters passes"),
     ("clock", r"token_hex\(\)", '"n-1"', "It speaks once only"),
     ("clock", "(?s)    task.cancel.*", "", "a task of yours still runs"),
@@ -296,6 +305,8 @@ async def test_wrong_attempt_is_told_what_it_lacks(learner, name, old, new, hint
 
 # Other ways that are right, too.
 RIGHT_ATTEMPTS = [
+    ("health", r"await .*", "await chat.Message(request[chat.DB]).newest(1)"),
+    ("bot", r"while True:", "while not await __import__('asyncio').sleep(2):"),
     ("search", r"\.limit(.*)\n.*", r"\n    return await found.to_list(length=count)"),
     ("search", r"\{\"\$regex.*\}\}", "re.compile(re.escape(text), re.I)}"),
     ("search", "return .*", "return [message async for message in found]"),

@@ -1,10 +1,12 @@
 """Serve the little chat of part A: a learner's handler behind one tiny page."""
 
 import asyncio
+import collections
 import contextlib
 import copy
 import gc
 import inspect
+import itertools
 import linecache
 import re
 import secrets
@@ -89,7 +91,7 @@ class LittleServer:
         try:
             return self.talk.__globals__[name]
         except KeyError:
-            raise AttributeError(name) from None
+            raise AttributeError(f"the chat has no `{name}`") from None
 
     def app(self) -> web.Application:
         async def index(request):
@@ -127,11 +129,13 @@ class LittleServer:
 
 
 def fresh(talk, **changed):
-    """Return the same functions with empty lists, dictionaries and sets of their own.
+    """Return the same functions with empty collections and new objects of their own.
 
     So each server begins without a person or a message, and a cell can be run again.
     """
     theirs = talk.__globals__ | changed
+    for function in changed.values():  # with what it calls, in a notebook
+        theirs = getattr(function, "__globals__", {}) | theirs
     functions, ours = functions_of(talk, theirs), dict(theirs)
     outer = [cell for function in functions for cell in function.__closure__ or ()]
     cells, copies = {id(cell): CellType() for cell in outer}, {}
@@ -145,18 +149,28 @@ def fresh(talk, **changed):
         if not own:
             copies[function].__module__ = function.__module__
         for name in names_in(code):
-            if isinstance(theirs.get(name), (list, dict, set)):
-                ours[name] = copy.copy(theirs[name])
-                ours[name].clear()
+            if name in theirs:
+                ours[name] = emptied(theirs[name])
     for cell in outer:
         with contextlib.suppress(ValueError):  # it is empty
             value = cell.cell_contents
             known = isinstance(value, FunctionType) and value in copies
-            cells[id(cell)].cell_contents = copies[value] if known else value
+            cells[id(cell)].cell_contents = copies[value] if known else emptied(value)
     for name, value in theirs.items():
         if isinstance(value, FunctionType):
             ours[name] = copies.get(value, value)
     return copies[talk]
+
+
+def emptied(value):
+    """Return an empty copy of a collection, and a copy of an object of a learner's."""
+    if isinstance(value, (list, dict, set, collections.deque)):
+        value = copy.copy(value)
+        value.clear()
+    elif is_theirs(type(value).__module__) or isinstance(value, itertools.count):
+        with contextlib.suppress(TypeError), warnings.catch_warnings(action="ignore"):
+            return copy.deepcopy(value)
+    return value
 
 
 def functions_of(talk, names: dict | None = None) -> list[FunctionType]:
