@@ -25,7 +25,7 @@ import chat
 from workshop.checks import OURS, has_gap, verdict
 from workshop.copies import NOT_ATTEMPTED, NOTHING_NEW, NotAttempted
 from workshop.mongodb import NO_MONGODB, replica_set
-from workshop.people import TURN, patience, quiet
+from workshop.people import TURN, patience, quiet, until
 from workshop.scenarios import Lacking, Unable, heard, need, need_order
 from workshop.servers import DEFAULTS, serving
 from workshop.tiny import is_ours, step
@@ -483,12 +483,6 @@ async def who(attempt) -> None:
         async with visitor.session.get("/who", allow_redirects=False) as page:
             need(page.status == 303, "Visitors without an account can read it.")
         await bob.disconnect()
-
-
-async def until(condition, seconds: float = 3) -> None:
-    async with patience(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(TURN)
 
 
 # --- 7. Startup and shutdown ---

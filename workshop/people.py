@@ -43,6 +43,13 @@ async def patience(seconds: float):
             clock.cancel()
 
 
+async def until(condition, seconds: float = 3) -> None:
+    """Wait until a condition holds. Raises TimeoutError."""
+    async with patience(seconds):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(TURN)
+
+
 class Client:
     """One WebSocket at a time, and everything that was heard on it."""
 

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from aiohttp import web
 
-from workshop.people import TURN, patience, quiet
+from workshop.people import quiet, until
 
 
 class Lacking(Exception):
@@ -46,9 +46,7 @@ def need_order(person, count: int) -> None:
 async def heard(person, count: int, seconds: float = 3) -> None:
     """Wait until a person has heard so many messages, or for a while in vain."""
     with contextlib.suppress(TimeoutError):
-        async with patience(seconds):
-            while len(person.messages()) < count:  # noqa: ASYNC110
-                await asyncio.sleep(TURN)
+        await until(lambda: len(person.messages()) >= count, seconds)
     await quiet(0.05)  # is there one too many?
 
 
@@ -116,10 +114,9 @@ async def come_back_slowly(server):
         for _ in range(5):  # no frame is slow where the chat writes without waiting
             await ann.say(f"{next(rest)}")
         await back
-        for _ in range(200):
-            if not replaying or "joined" in [event["type"] for event in bob.heard]:
-                break
-            await quiet(TURN)
+        with contextlib.suppress(TimeoutError):
+            joined = lambda: "joined" in [e["type"] for e in bob.heard]  # noqa: E731
+            await until(lambda: not replaying or joined(), 2)
         for number in rest:
             await ann.say(f"{number}")
     await heard(bob, 30, seconds=1)
