@@ -290,7 +290,7 @@ async def as_text(mine) -> None:
     new = [re.sub("(^| )//.*", "", line) for line in new]
     markup = re.search("innerHTML|outerHTML|insertAdjacentHTML", "".join(new))
     need(not markup, f"`{markup and markup[0]}` reads the text as markup.")
-    if page not in mine:
+    if mine != page:
         need(" ".join(new).strip("; "), "Nothing shows the text now.")
         shown = re.search(SHOWN, "\n".join(new), re.VERBOSE | re.MULTILINE)
         unknown = "it knows `words.textContent = text` and `words.append(text)`."
