@@ -20,6 +20,8 @@ let unseen = 0; // messages below the part in sight
 let unread = 0; // messages that came while the page was hidden
 let lastDay = ""; // of the newest message
 let today = ""; // when the times were told
+let busyTimer = 0; // until screen readers speak again
+let loading = false; // older messages, one request at a time
 const pending = new Map(); // your items without a number, by nonce; they stand last
 
 // --- From an event to an item ---
@@ -105,10 +107,11 @@ function headDays() {
 }
 
 // Screen readers don't speak a busy region. End with a timer: a hidden page has no frames.
-async function quietly(change) {
+function quietly(change) {
   log.ariaBusy = "true";
-  await change();
-  setTimeout(() => { log.ariaBusy = "false"; }, 100);
+  change();
+  clearTimeout(busyTimer);
+  busyTimer = setTimeout(() => { log.ariaBusy = "false"; }, 100);
 }
 
 // --- Adding to the end, once per frame ---
@@ -188,7 +191,7 @@ function tellPeople(line) {
 // Trim in steps: removing lines at the top moves all the others. The first line tells the
 // day, so remove what stands below it.
 function trim() {
-  if (!following || log.ariaBusy === "true") return;
+  if (!following || loading) return; // what is loaded ends where the list begins
   let surplus = messages.children.length - pending.size - SHOWN;
   if (surplus < SHOWN / 6) return;
   for (; surplus > 0; surplus--) {
@@ -263,21 +266,23 @@ function showUnread(count) {
   document.title = count ? `(${count}) Chat` : "Chat";
 }
 
-// --- The start of the list: older messages, one request at a time ---
+// --- The start of the list: older messages ---
 function offerOlder() {
   const first = Number(messages.querySelector("[data-id]")?.dataset.id ?? 1);
   older.parentElement.hidden = first <= 1;
   older.search = `?before=${first}`;
 }
 
-function showOlder(click) {
+async function showOlder(click) {
   click.preventDefault();
-  if (log.ariaBusy === "true") return;
+  if (loading) return;
+  loading = true;
   following = false;
   find("older-note").textContent = "";
-  quietly(() => loadOlder().catch(() => {
+  await loadOlder().catch(() => {
     find("older-note").textContent = "The older messages could not be loaded. Try again in a moment.";
-  }));
+  });
+  loading = false;
 }
 
 async function loadOlder() {
@@ -286,7 +291,7 @@ async function loadOlder() {
   if (answer.type === "opaqueredirect") return location.assign(older.href); // signed out
   if (!answer.ok) throw new Error(`status ${answer.status}`);
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-  return prepend([...page.querySelectorAll("[data-id]")]);
+  return quietly(() => prepend([...page.querySelectorAll("[data-id]")]));
 }
 
 // Keep what you read where it is: the list grows above it.
