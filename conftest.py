@@ -61,6 +61,12 @@ def nothing_set(monkeypatch):
     chat.log_lines.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def patient_crowd(monkeypatch):
+    """Let people wait for their hash as long as a busy machine takes."""
+    monkeypatch.setattr(chat, "HASH_WAIT", 60)
+
+
 # --- Real parts: MongoDB ---
 class Mongod:
     """A real MongoDB server that can be frozen, killed and started again."""

@@ -1060,7 +1060,7 @@ async def test_wait_for_the_hash_thread_has_a_bound(serve, monkeypatch):
         assert 'value="bob"' in page and PASSWORD not in page
     go_on.set()
     assert (await ann).url.path == "/"
-    monkeypatch.setattr(chat, "HASH_WAIT", 10)
+    monkeypatch.setattr(chat, "HASH_WAIT", 60)
     assert (await visitors[1].post("/signin", data=form("bob"))).url.path == "/"
 
 
