@@ -610,6 +610,37 @@ async def test_another_history_reloads_the_page_once_a_minute_at_most(room, open
     assert ann.loads == 2
 
 
+PAUSES = """
+    const { setTimeout } = window;
+    window.pauses = [];
+    window.setTimeout = (work, pause) => {
+        if (!String(work).includes("connect")) return setTimeout(work, pause);
+        window.pauses.push(pause);
+        return setTimeout(work, 0);
+    };
+"""
+
+
+@pytest.mark.parametrize("code, longest", [(1001, 750), (1011, 12_000)])
+async def test_pauses_grow_unless_the_server_says_that_it_stops(
+    room, open_page, code, longest
+):
+    """It welcomes and hangs up five times: 1001 is what a restart looks like."""
+    script = Script()
+
+    async def prepare(page):
+        await page.add_init_script(PAUSES)
+        await script.prepare(page)
+
+    ann = await open_page(room.url, "ann", prepare)
+    for number in range(5):
+        await until(lambda number=number: len(script.ends) == number + 1)
+        await wait(ann, ONLINE)
+        await script.ends[-1].close(code=code)
+        await wait(ann, f"pauses.length === {number + 1}")
+    assert longest / 3 <= await ann.evaluate("pauses.at(-1)") <= longest
+
+
 async def test_a_gap_and_a_replaced_message_reload_the_page(room, open_page):
     await room.post_many(3)
     for number in 9, 2:  # a number too far; a number that was another message

@@ -131,10 +131,11 @@ export class Connection {
   }
 
   // A connection that was live only for a moment counts as a failure. Otherwise a server
-  // that welcomes and hangs up would be asked twice a second for ever.
+  // that welcomes and hangs up would be asked twice a second for ever. Not if the server
+  // says that it stops: it may be restarted again and again, as by an instructor who saves.
   lose(code) {
     const { live } = this;
-    const lasted = live && this.isOver("answer", this.liveSince);
+    const lasted = live && (code === 1001 || this.isOver("answer", this.liveSince));
     this.failures = lasted ? 1 : this.failures + 1;
     const spent = live ? 0 : Math.max(0, Date.now() - this.heard); // by an attempt that hung
     this.drop();

@@ -131,6 +131,8 @@ class trying:
         complaints = self.server.complaints
         await self.block.__aexit__(kind, error, traceback)
         for line in complaints:
+            returned = error and "Missing return" in line
+            need(not returned, "Your handler has returned, and its connection ended.")
             found = re.search(r"coroutine '(?:\w+\.)*(\w+)' was never awaited", line)
             need(
                 not found or found[1] != "write",

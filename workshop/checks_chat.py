@@ -41,7 +41,7 @@ __all__ = [
 
 # --- How a check is run ---
 def adds_nothing(attempt) -> bool:
-    """Tell an attempt with a `...` in it, and a class that adds nothing."""
+    """Return whether an attempt has a `...` in it, or is a class that adds nothing."""
     if not inspect.isclass(attempt):
         return isinstance(attempt, FunctionType) and has_gap(attempt)
     if hasattr(attempt, "model_fields"):
@@ -51,14 +51,16 @@ def adds_nothing(attempt) -> bool:
 
 
 async def name_what_is_not_awaited(check, *attempts) -> None:
-    """Run a check. A coroutine that nobody awaits is the cause of what fails later."""
+    """Run a check. A coroutine that was never awaited is the cause of later failures."""
     gc.freeze()  # what was there before is not the attempt's
     failure, messages = None, []
     with warnings.catch_warnings(record=True, action="always") as caught:
         try:
             await check(*attempts)
         except Exception as error:
-            failure = error.with_traceback(None)  # its frames hold what they have seen
+            failure = error
+            while error:  # a traceback's frames hold what they have seen
+                error.__traceback__, error = None, error.__context__
         for _ in range(2):  # a warning holds its coroutine, which may hold another one
             gc.collect()
             messages += [str(warning.message) for warning in caught]
@@ -137,7 +139,10 @@ async def trying(*arguments, **replaced):
             except Exception as error:
                 failure = error
             if server.log:
-                failure = Lacking(f"The chat complained: {server.log[-1]}")
+                line = server.log[-1]
+                if line.endswith("AssertionError: "):  # by aiohttp
+                    line = "a handler has returned, and not a response."
+                failure = Lacking(f"The chat complained: {line}")
     except Exception as error:  # the end fails, too
         failure = failure or error
     if failure:
@@ -155,7 +160,7 @@ async def start(stack: contextlib.AsyncExitStack, block):
 
 
 async def nothing_left(before: set) -> None:
-    """Need that no task of the attempt's, or of a room of its own, is left."""
+    """Require that no task of the attempt's, or of a room of its own, is left."""
     await asyncio.sleep(0)
     for task in asyncio.all_tasks() - before:
         frame = None if task.done() else getattr(task.get_coro(), "cr_frame", None)
@@ -377,7 +382,13 @@ async def paced(mine) -> None:
             start = time.monotonic()
             for number in range(60):
                 await mallory.send(type="message", text="", nonce=f"{number}")
-            await bob.say("Am I held back, too?")
+            try:
+                await bob.say("Am I held back, too?")
+            except TimeoutError:
+                raise Lacking(
+                    "Bob's only message is not read. `take` returns 0 when he may go "
+                    "on, and seconds when he has to wait."
+                ) from None
             for _ in range(300):
                 count, passed = len(errors(mallory)), time.monotonic() - start
                 fast = count > 6 + 30 * passed
@@ -434,7 +445,7 @@ async def undo(attempt) -> None:
 # --- 6. Routes and static ---
 @repair
 async def policy(mine) -> None:
-    async with serving(mine) as server:
+    async with trying(mine) as server:
         visitor = await server.visitor()
         async with visitor.session.get("/login") as page:
             header = page.headers.get("Content-Security-Policy", "")
@@ -579,7 +590,7 @@ async def until_joined(server, name: str) -> None:
 
 
 def need_running(server) -> None:
-    """Need that the bot runs; tell how it ended."""
+    """Require that the bot runs; say how it ended."""
     [task] = server.tasks
     if task.done():
         error = None if task.cancelled() else task.exception()
@@ -624,8 +635,8 @@ async def rooms(attempt) -> None:
         need(page.status == 200, f"/kitchen/ comes as {page.status}.")
         need('id="messages"' in html, "/kitchen/ is not a page of the chat.")
         apps = [getattr(one, "_app", None) for one in server.app.router.resources()]
-        databases = [app[chat.DATABASE].mongo.name for app in apps if app]
-        own = server.db.mongo.name not in databases
+        databases = [app[chat.DATABASE] for app in apps if app]
+        own = server.db.mongo.name not in {db.mongo.name for db in databases}
         need(own, "The kitchen's messages go into the lobby's database.")
         await ann.say("lobby talk")
         try:
@@ -645,6 +656,12 @@ async def rooms(attempt) -> None:
         need("tea?" not in await ann.get("/"), "The lobby's page shows the kitchen.")
         page = await ann.get("/kitchen/?before=2")
         need("lobby talk" not in page, "Older messages come from the lobby's database.")
+        for db in databases:  # then a room looks whether its people still have accounts
+            db.queue.put_nowait(chat.StreamBroken("test"))
+        await quiet()
+        server.log.clear()  # the stream has told that
+        users = "The kitchen looks for Bob's account among users of its own."
+        need(bob.is_connected, users)
         server.people.clear()
     await bob.reader
     code = bob.ws.close_code
@@ -795,8 +812,29 @@ async def successor(database, run_database) -> None:
                 need(bob.texts() == ["hello"], "Bob hears nothing.")
                 names = set(await server.db.messages.index_information())
                 need("unique nonce" in names, "The indexes are missing.")
+                await need_changes(server)
+                await chat.Message(server.db).blank(1)
+                await heard(bob, 2)
+                server.log.clear()
+                blanked = "Number 1 is blank, but Bob hears nothing of it."
+                need(bob.texts() == ["hello", ""], blanked)
                 await client.drop_database(place["MONGO_DB_NAME"])
                 server.log.clear()  # the stream has told that
         with contextlib.suppress(pymongo.errors.InvalidOperation):
             await client.admin.command("ping")
             raise Lacking("The chat has stopped, and the client is still open.")
+
+
+async def need_changes(server) -> None:
+    """Require that a stream has what the room follows, and no new users."""
+    users = server.db.users
+    async with server.db.changes() as changes:
+        await users.insert_one({"name": "zoe"})
+        await users.delete_one({"name": "zoe"})
+        document, collection = None, ""
+        async with patience(5):
+            while collection != "users":
+                collection, _, document = await anext(changes)
+    server.log.clear()
+    hashes = "It follows new users as well, with their password hashes: use PIPELINE."
+    need(document is None, hashes)

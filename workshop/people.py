@@ -1,8 +1,8 @@
 """People who use a chat from the notebook, through the same doors as a browser.
 
-They wait in turns of the event loop. On a busy machine a second may pass before anybody
-has had a turn; a check that counts seconds would then blame the attempt for it. But a
-turn that computes for long counts as long as it computes.
+They wait in turns of the event loop. On a busy machine a second may pass before a task
+has had its turn; a check that counts seconds would blame the attempt for it. But a turn
+that computes for long counts as long as it computes.
 """
 
 import asyncio
@@ -15,7 +15,12 @@ from bson import ObjectId
 
 PASSWORD = "correct horse"
 TURN = 0.01  # seconds that a turn takes at least
-FLOOD = 5_000  # so many events are more than anybody says here
+FLOOD = 5_000  # more events than a demonstration sends
+ENDS = {  # of a connection, by close code
+    1000: "your handler has returned",
+    1002: "these bytes were not a frame",
+    1006: "it was cut off",
+}
 
 
 async def quiet(seconds: float = 0.3) -> None:
@@ -60,6 +65,11 @@ class Client:
         jar = aiohttp.CookieJar(unsafe=True)  # `unsafe`: keep cookies of 127.0.0.1
         self.session = aiohttp.ClientSession(url, cookie_jar=jar)
 
+    @property
+    def title(self) -> str:
+        """The name at the start of a sentence."""
+        return self.name.capitalize()
+
     async def open(self, path: str, **more) -> None:
         await self.disconnect()
         brief = aiohttp.ClientWSTimeout(ws_close=0.5)  # a server may stand still
@@ -93,7 +103,7 @@ class Client:
                         return event
         except TimeoutError:
             wanted = " or ".join(types) or "event"
-            waited = f"{self.name} waited {seconds:g} s for a {wanted}, in vain."
+            waited = f"{self.title} waited {seconds:g} s for a {wanted}, in vain."
             raise TimeoutError(waited) from None
 
     async def send(self, **event) -> None:
@@ -101,10 +111,10 @@ class Client:
         try:
             await self.ws.send_json(event)
         except ConnectionError:
-            how = {1002: "these bytes were not a frame", 1006: "it was cut off"}
             code = self.ws.close_code
-            ended = f"{self.name.capitalize()}'s connection has ended: "
-            raise ConnectionError(ended + how.get(code, f"code {code}") + ".") from None
+            how = ENDS.get(code, f"code {code}")
+            ended = f"{self.title}'s connection has ended: {how}."
+            raise ConnectionError(ended) from None
 
     async def say(self, text: str, nonce: str = "", seconds: float = 3) -> dict:
         """Say something; return the receipt, or the error. Raises TimeoutError."""
@@ -116,7 +126,7 @@ class Client:
             async with patience(seconds):
                 return await receipt
         except TimeoutError:
-            waited = f"{self.name} waited {seconds:g} s for the receipt of {text!r}"
+            waited = f"{self.title} waited {seconds:g} s for the receipt of {text!r}"
             raise TimeoutError(f"{waited}, in vain.") from None
 
     def messages(self) -> list[dict]:

@@ -101,8 +101,8 @@ async def test_what_is_typed_into_the_chat_reaches_an_open_page(projector, brows
     """With a database, Bob's open page reads `* ann waves` 3 seconds after a save.
 
     Ann says `/me waves` again and again meanwhile, and both stay signed in. Of three
-    saves, the fastest counts. Where the machine is so busy that `import chat` takes
-    longer than half a second, the rest may take longer as well.
+    saves, one right after the other, two have to be in time. Where the machine is so
+    busy that `import chat` takes longer than half a second, the rest may as well.
     """
     folder, url = await projector(in_memory=False)
     ann, bob = await sign_up(browser, url), await sign_up(browser, url, "bob")
@@ -119,10 +119,8 @@ async def test_what_is_typed_into_the_chat_reaches_an_open_page(projector, brows
             await ann.keyboard.press("Enter")
             await asyncio.sleep(0.2)
         taken.append(time.monotonic() - saved)
-        allowed = max(3, 6 * await asyncio.to_thread(time_to_import))
-        if taken[-1] < allowed:
-            break
-    assert min(taken) < allowed, taken
+        taken[-1] /= max(3, 6 * await asyncio.to_thread(time_to_import))
+    assert sorted(taken)[1] < 1, taken
 
 
 async def test_without_a_database_a_save_keeps_what_was_being_typed(projector, browser):

@@ -395,6 +395,9 @@ WRONG_ATTEMPTS = [
         "2 times: `broadcast` waits",
     ),
     ("typing", r" *continue\n", "", "KeyError"),
+    ("typing", "continue", "return", "Your handler has returned"),
+    ("typing", "continue", "return ws", "your handler has returned"),
+    ("typing", "continue", "break", "your handler has returned"),
     ("typing", r'"user": name}', '"user": event["user"]}', "instead of one"),
     (
         "waiting_for_nobody",
