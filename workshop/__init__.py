@@ -1,4 +1,4 @@
-"""What tutorial.ipynb needs and does not show: tools, checks, pictures, a tiny page.
+"""Tools, checks, pictures and a tiny page for tutorial.ipynb.
 
     from workshop import check, edit, play, serve, show
 

@@ -3,8 +3,8 @@
     python -m workshop                 opens your browser for a moment
     python -m workshop --no-browser    leaves the browser out
 
-The last line is for your instructor. It imports nothing that has to be installed before
-it has looked whether it is there.
+The last line is for your instructor. The check looks for each package before it imports
+it. It also runs on a Python that is too old, so that it can say so.
 """
 
 import asyncio
@@ -185,7 +185,7 @@ def look_at_mongodb(report: Report) -> None:
     elif path := find_mongod():
         report.say("yes", "MongoDB", path)
     else:
-        found = "none; only “Several processes” needs one, and the projector has it"
+        found = "none; “Several processes” and the last exercise need one"
         report.say("maybe", "MongoDB", found, "MongoDB no")
 
 

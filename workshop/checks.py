@@ -26,7 +26,7 @@ OURS = "  What follows uses the notebook's own solution, until yours passes."
 
 # --- How a check is run ---
 def is_stub(attempt) -> bool:
-    """Tell an attempt that still has a `...` or a `…` to replace."""
+    """Return whether an attempt still has a `...` or a `…` to replace."""
     if isinstance(attempt, NotAttempted):
         return True
     if isinstance(attempt, FunctionType):
@@ -66,8 +66,7 @@ async def verdict(function, *attempts, seconds: float = 20) -> str:
     except asyncio.CancelledError:
         if asyncio.current_task().cancelling():  # the cell itself is cancelled
             raise
-        said = "✗ Not yet. It raised CancelledError: whoever awaits a cancelled task "
-        said += "gets that."
+        said = "✗ Not yet. It raised CancelledError, as awaiting a cancelled task does."
     except Exception as error:  # an attempt may raise anything
         said = f"✗ Not yet. It raised {type(error).__name__}: {error}"
     if slept:
@@ -269,7 +268,7 @@ def need_name(server, name: str) -> None:
 
 
 def need_once(person, kind: str, what: str, besides: set | tuple = ()) -> None:
-    """Need that a person has heard of something once."""
+    """Require that a person has heard of something once."""
     events = [e for e in person.heard if e.get("type") == kind]
     count = len([e for e in events if e.get("user") not in besides])
     need(count < 2, f"{what}, and {person.name.capitalize()} heard it {count} times.")
@@ -327,7 +326,7 @@ async def history(talk) -> None:
         ann, bob = await server.join("ann"), await server.join("bob")
         await ann.send(type="message", text="one", nonce="n-1")
         await heard(ann, 1, seconds=1)
-        need(ann.messages(), "Ann said one, and nobody hears it.")
+        need(ann.messages(), "Ann said one, and no message came.")
         one = ann.messages()[0]
         need(one.get("id") == 1, "The first message should have `id` 1.")
         need(one.get("user") == "ann", f"Ann said one, and Bob hears {one}.")
@@ -402,12 +401,12 @@ async def typing(talk) -> None:
         await ann.send(type="typing", user="bob")
         await quiet(0.05)
         notices = [event for event in bob.heard if event["type"] == "typing"]
-        need(not server.messages, "A notice is no message: it should not be stored.")
+        need(not server.messages, "A notice isn't a message: it should not be stored.")
         need(notices, "Ann is typing, and Bob hears nothing of it.")
         wanted = {"type": "typing", "user": "ann"}
         need(notices == [wanted], f"Bob heard {notices} instead of one {wanted}.")
         receipts = [event for event in ann.heard if event["type"] == "receipt"]
-        need(not receipts, "Ann got a receipt for a notice, which is no message.")
+        need(not receipts, "Ann got a receipt for a notice, which isn't a message.")
         need((await ann.say("hi"))["id"] == 1, "After a notice, messages fail.")
     for scenario in scenarios.LOSING_NOTHING:
         async with trying(talk) as server:

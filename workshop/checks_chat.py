@@ -51,7 +51,7 @@ def adds_nothing(attempt) -> bool:
 
 
 async def name_what_is_not_awaited(check, *attempts) -> None:
-    """Run a check. A coroutine that was never awaited is the cause of later failures."""
+    """Run a check. A coroutine that was never awaited causes later failures."""
     gc.freeze()  # what was there before is not the attempt's
     failure, messages = None, []
     with warnings.catch_warnings(record=True, action="always") as caught:
@@ -75,7 +75,7 @@ async def name_what_is_not_awaited(check, *attempts) -> None:
 
 
 async def run(check, attempts) -> str:
-    """Run a check and return what it says. Our own solution is no attempt."""
+    """Run a check and return what it says. Our own solution isn't an attempt."""
     if any(isinstance(attempt, NotAttempted) for attempt in attempts):
         return await verdict(check, *attempts)
     if any(map(is_ours, attempts)):
@@ -420,7 +420,7 @@ async def undo(attempt) -> None:
             need(receipt["type"] == "receipt", f"Ann's /undo is answered by {receipt}.")
             need(type(receipt["id"]) is int, "`post` returns a number: the receipt's.")
             await quiet(0.1)
-            need("/undo" not in bob.texts(), "Bob reads '/undo': that is no message.")
+            need("/undo" not in bob.texts(), "Bob reads '/undo': that isn't a message.")
             new = receipt["id"] > server.room.history.last_broadcast
             need(not new, "The receipt's number belongs to no message yet.")
             texts[gone] = ""
@@ -428,9 +428,7 @@ async def undo(attempt) -> None:
             stored = await server.db.messages.find_one({"_id": gone + 1})
             silent = stored["text"] == "" != now[gone + 1]
             cause = "In memory, only a change by `db.write` comes back in the stream."
-            need(
-                not silent, f"Number {gone + 1} is blank, but nobody hears it. {cause}"
-            )
+            need(not silent, f"Number {gone + 1} is blank, but no event came. {cause}")
             should = f"Bob should read {texts} now, not {list(now.values())}."
             need(list(now.values()) == texts, should)
         await eve.say("/undo")
@@ -503,7 +501,7 @@ async def told(mine) -> None:
         async with contextlib.AsyncExitStack() as stack:
             server = await stack.enter_async_context(serving(mine))
             ann = await server.join("ann")
-            server.people.clear()  # nobody leaves by themselves
+            server.people.clear()  # so that Ann doesn't leave by herself
             end.push_async_callback(ann.close)
             start = time.perf_counter()
         took = time.perf_counter() - start
@@ -549,7 +547,8 @@ async def bot(attempt) -> None:
         await until_joined(server, "robot")
         await ann.say("What is !time?")
         await quiet(0.1)
-        need(len(ann.texts()) == 1, "It answers 'What is !time?', which is no command.")
+        asked = "It answers 'What is !time?', which isn't a command."
+        need(len(ann.texts()) == 1, asked)
         await ann.say("!time")
         await heard(ann, 3, seconds=1)
         need_running(server)

@@ -1,5 +1,7 @@
 """Find a real MongoDB server, and run one for as long as it is needed."""
 
+from __future__ import annotations  # for a Python that the set-up check calls too old
+
 import asyncio
 import contextlib
 import importlib.util

@@ -78,7 +78,7 @@ class Client:
 
     async def read(self) -> None:
         async for frame in self.ws:
-            if frame.type is aiohttp.WSMsgType.ERROR:  # these bytes are no frame
+            if frame.type is aiohttp.WSMsgType.ERROR:  # these bytes are not a frame
                 return
             event = json.loads(frame.data)
             self.hear(event if isinstance(event, dict) else {"type": "", "raw": event})

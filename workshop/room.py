@@ -6,9 +6,10 @@ from IPython.display import HTML, display
 
 import chat
 from workshop.mongodb import is_free
-from workshop.servers import Server, look, own_address, serving
+from workshop.servers import HOST, Server, look, own_address, serving
 
 opened = contextlib.AsyncExitStack()
+ports = {}  # the port for each that was asked for: people have typed it
 memory = chat.AsyncMongoMockClient(tz_aware=True)  # outlives a cell that is run again
 
 
@@ -40,20 +41,23 @@ class Room:
         print(f"{name} has no account any more.")
 
 
-async def open_room(host: str = "127.0.0.1", port: int = 8080) -> Room:
+async def open_room(host: str = HOST, port: int = 8080) -> Room:
     """Serve the chat for everyone in the room until `close_room`, or the next call.
 
-    If the port is taken, another one is used. Accounts and messages stay until the
-    kernel stops.
+    If the port is taken, another one is used, and stays the same. So do accounts and
+    messages, until the kernel stops.
     """
     global opened
     await opened.aclose()
     opened = contextlib.AsyncExitStack()
     kept = {"AsyncMongoMockClient": lambda **options: memory}
+    host = HOST if HOST == "0.0.0.0" else host
+    asked, port = port, ports.get(port, port)
     if not is_free(host, port):
         print(f"Port {port} is taken by another program, so the room has another one.")
         port = 0
     server = await opened.enter_async_context(serving(host=host, port=port, **kept))
+    ports[asked] = server.port
     if host == "0.0.0.0":
         address = f"http://{own_address()}:{server.port}"
         big = "font-size:2.5em;font-weight:600;margin:.3em 0"

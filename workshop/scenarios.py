@@ -1,4 +1,4 @@
-"""What a chat that loses no message has to do, whoever has written it.
+"""What a chat that loses no message has to do, a learner's or ours.
 
 The same scenarios run on a learner's 24 lines and on `chat.py`. A server has `join`,
 which returns a person (people.py). A scenario that fails raises Lacking.
@@ -29,7 +29,7 @@ def need(condition, sentence: str) -> None:
 
 
 def need_order(person, count: int) -> None:
-    """Need that a person has heard `count` messages, without a gap, in order, once."""
+    """Require that a person has heard `count` messages in order, each of them once."""
     numbers = [event.get("id") for event in person.messages()]
     who, wanted = person.name.capitalize(), list(range(1, count + 1))
     if numbers == wanted:
@@ -128,7 +128,7 @@ def slow_replay(name: str, meanwhile):
     """Let something happen while a frame is sent to a person who comes back.
 
     It happens at most 8 times for messages, and once for each other frame, until the
-    person has joined. Gives a list that is empty when nobody is on the way.
+    person has joined. Gives a list that is empty when they are connected.
     """
     sockets, sent, turn = [], [], collections.defaultdict(asyncio.Lock)
     prepare, send = web.WebSocketResponse.prepare, web.WebSocketResponse.send_str
@@ -220,7 +220,7 @@ async def come_and_go(server) -> None:
 async def stop_reading(server, messages: int = 600) -> None:
     """A reader that stops reading delays no one, and misses nothing."""
     ann, bob, eve = [await server.join(name) for name in ("ann", "bob", "eve")]
-    bob.reader.cancel()  # nobody reads on Bob's side any more
+    bob.reader.cancel()  # Bob's side reads no more
     try:
         for _ in range(messages):
             await ann.say("x" * 10_000)

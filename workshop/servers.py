@@ -28,10 +28,10 @@ from workshop.people import PASSWORD, Person
 HOST = os.environ.get("WORKSHOP_HOST", "127.0.0.1")
 FIELDS = chat.Settings.model_fields
 DEFAULTS = {name: field.default for name, field in FIELDS.items()}
-# Cookies know no ports: a cookie of another chat on this host is no news.
+# Cookies are per host, not per port: don't warn about another chat's cookie.
 logging.getLogger("aiohttp_session").addHandler(logging.NullHandler())
-# One key for all servers of a notebook; and running a cell ten times is no attack.
 PEOPLE = "ann", "bob", "eve", "mallory", "robot"
+# One key for all servers of a notebook. Allow many sign-ins: a cell may be run again.
 REPEATABLE = {"SECRET_KEY": secrets.token_hex(), "LOGIN_ATTEMPTS": 1_000_000}
 
 
@@ -125,8 +125,8 @@ async def serving(module=chat, host=HOST, port=0, change=None, log=False, **repl
 
     `replaced` are settings, and names of chat.py that get another value while the
     application starts. `change` is called with the application before that. What is
-    logged is kept in `server.log`, a line each; with `log` it is printed too. What has
-    not been attempted yet is replaced by the original.
+    logged is kept in `server.log`, a line each; with `log` it is printed too. An
+    exercise without an attempt is replaced by the original.
     """
     if isinstance(module, NotAttempted):
         print(module.wrong or "○ Not attempted yet: this is the original.")
@@ -249,8 +249,9 @@ else if (here || !{far} && /^[0-9.]+$/.test(host))
   for (const frame of place.children)
     frame.src = `http://${{host}}:{server.port}${{frame.dataset.path}}`;
 else
-  place.textContent = "You opened this notebook at " + host +
-    ". For frames there, start Jupyter with WORKSHOP_HOST=0.0.0.0 set.";
+  place.textContent = `You opened this notebook at ${{host}}. For frames there, ` +
+    ({far} ? "start Jupyter with WORKSHOP_HOST=0.0.0.0 set."
+      : "open it by its IP address.");
 }}</script>"""
 
 

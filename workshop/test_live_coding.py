@@ -31,7 +31,7 @@ ME = """        if text.startswith("/me "):
 
 @pytest.fixture
 async def projector(request, tmp_path):
-    """A function: run the README's command for live coding, on a copy of the chat."""
+    """A function: run docs/teaching.md's command for live coding on a copy."""
     need(optional("watchfiles"), "no watchfiles: pip install -r .ci/requirements.txt")
     with contextlib.ExitStack() as stack:
 

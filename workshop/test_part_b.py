@@ -72,12 +72,12 @@ def test_each_chapter_says_what_our_24_lines_lack():
 
 
 def test_prose_cells_are_short():
-    for cell in OURS:
+    for cell in CELLS:
         prose = re.sub(
             r"<details>.*?</details>|\|.*\|", "", cell.source, flags=re.DOTALL
         )
         if cell.cell_type == "markdown":
-            assert len(prose.split()) <= 90, cell.source
+            assert len(prose.split()) <= 75, cell.source
 
 
 # --- Breaks, repairs and attempts ---
@@ -209,7 +209,7 @@ WRONG_ATTEMPTS = [
         "undo",
         r"chat\.Message.*",
         'self.db.messages.update_one({"_id": own[-1]}, {"$set": {"text": ""}})',
-        "nobody hears it. In memory, only a change by `db.write`",
+        "no event came. In memory, only a change by `db.write`",
     ),
     (
         "undo",
@@ -220,7 +220,7 @@ WRONG_ATTEMPTS = [
     ("undo", 'text != "/undo"', 'text[:5] != "/undo"', "is an ordinary message"),
     ("undo", "await chat", "chat", f"`blank` {NEVER}"),
     ("undo", "        return self.*", "", "a number: the receipt's"),
-    ("undo", '!= "/undo"', '!= "/UNDO"', "that is no message"),
+    ("undo", '!= "/undo"', '!= "/UNDO"', "that isn't a message"),
     ("policy", "POLICY", '"default-src *; frame-ancestors "', "Mallory's scripts run"),
     ("policy", r" \+ framed_by", "", "may not show the chat in a frame"),
     ("policy", r"\.headers", ".header", "has no attribute 'header'"),
@@ -242,7 +242,7 @@ WRONG_ATTEMPTS = [
     ("health", "await chat", "chat", f"`with_deadline` {NEVER}"),
     ("health", r"await chat.with_deadline\((.*)\)", r"\1", "that is a 503"),
     ("bot", r"\?after=\{after\}", "", "what Ann said meanwhile has no answer"),
-    ("bot", r'event\["text"\] == "!time"', '"!time" in event["text"]', "no command"),
+    ("bot", r'event\["text"\] == "!time"', '"!time" in event["text"]', "isn't a"),
     ("bot", r'f"answer to \{after\}"', '"n-1"', "It answers once only"),
     ("bot", r'f"answer to \{after\}"', "str(time.time())", "3 answers more"),
     ("bot", "await ws.send", "ws.send", f"`send_json` {NEVER}"),
@@ -363,7 +363,7 @@ async def shared():
     await stop()
 
 
-async def test_cell_that_is_run_again_disconnects_nobody(shared):
+async def test_cell_that_is_run_again_keeps_everyone_connected(shared):
     server = await shared()
     ann = await server.join("ann")
     assert await server.join("ann") is ann
@@ -377,7 +377,7 @@ async def test_cell_that_is_run_again_disconnects_nobody(shared):
     assert len(again.room.connections) == 1
 
 
-async def test_names_of_the_notebooks_people_are_taken_before_anybody_can(shared):
+async def test_names_of_the_notebooks_people_are_taken_before_yours(shared):
     server = await shared()
     visitor = await server.visitor()
     form = {"login": "Ann", "password": "my password", "password2": "my password"}

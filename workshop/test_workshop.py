@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from conftest import (
     until,
 )
 from workshop import pictures, scenarios, slides
+from workshop import room as rooms
 from workshop.mongodb import find_mongod
 from workshop.room import close_room, open_room
 from workshop.servers import frames, own_address, serving
@@ -194,6 +196,21 @@ async def test_instructor_takes_a_message_back_and_expels_a_person(capsys):
         said = capsys.readouterr().out
         assert "message 99. The newest are:\n   1 bob: \n   2 ann: Thank you.\n" in said
         assert "There is no user 'bob'. Online: ann.\n" in said
+    finally:
+        await close_room()
+
+
+async def test_room_keeps_the_address_that_people_have_typed(monkeypatch, capsys):
+    """Its cell is run again, and 8080 belongs to another program, or is free again."""
+    monkeypatch.setattr(rooms, "HOST", "0.0.0.0")  # the whole notebook serves to it
+    try:
+        with socket.create_server(("0.0.0.0", 0)) as other:
+            taken = other.getsockname()[1]
+            first = (await open_room("127.0.0.1", taken)).server
+            assert "taken by another program" in capsys.readouterr().out
+        again = (await open_room("127.0.0.1", taken)).server
+        assert first.host == again.host == "0.0.0.0"
+        assert first.port == again.port != taken
     finally:
         await close_room()
 
@@ -774,6 +791,16 @@ def test_set_up_check_fits_on_a_screen_and_ends_with_a_line_to_send(tmp_path):
     assert len(lines) <= 24
     assert lines[-1].startswith(" READY · Python 3.")
     assert " · receipt " in lines[-1]
+
+
+@pytest.mark.parametrize("name", ["__init__", "__main__", "mongodb"])
+def test_set_up_check_runs_on_a_python_that_it_calls_too_old(name):
+    """Such as macOS's own 3.9: its grammar, and annotations that are not evaluated."""
+    source = Path(HERE, "workshop", f"{name}.py").read_text("utf-8")
+    tree = ast.parse(source, feature_version=(3, 9))
+    unions = [node for node in ast.walk(tree) if isinstance(node, ast.BinOp)]
+    unions = [node for node in unions if isinstance(node.op, ast.BitOr)]
+    assert not unions or "from __future__ import annotations" in source
 
 
 def test_set_up_check_names_what_is_missing(tmp_path):

@@ -34,7 +34,7 @@ class Guest(Client):
         self.greeting, self.greetings = greeting, []
 
     def hear(self, event: dict) -> None:
-        """Take one's own words for a receipt, too; and greet whoever joins."""
+        """Take one's own words for a receipt, too. Greet a person who joins."""
         super().hear(event)
         waiting = self.receipts.get(event.get("nonce"))
         own = event["type"] == "message" and event.get("user", self.name) == self.name
@@ -107,7 +107,7 @@ class LittleServer:
         return app
 
     async def join(self, name: str, greeting: str = "") -> Guest:
-        """Let a guest connect; with a greeting, it says this to whoever joins later."""
+        """Let a guest connect. Its greeting, if any, is for people who join later."""
         guest = Guest(self.url, name, greeting)
         self.people.append(guest)
         return await guest.connect()
@@ -119,7 +119,7 @@ class LittleServer:
     @property
     def complaints(self) -> list[str]:
         """Return what Python has complained of: its warnings, and errors in the log."""
-        gc.collect()  # a coroutine that nobody awaits is missed when it goes
+        gc.collect()  # Python warns of a coroutine when it is collected
         caught = [w.message for w in self.warnings if w.category is RuntimeWarning]
         return [*map(str, caught), *self.log]
 
@@ -188,12 +188,12 @@ def functions_of(talk, names: dict | None = None) -> list[FunctionType]:
 
 
 def is_theirs(module: str | None) -> bool:
-    """Tell what a learner has written, and our solutions, from a library's code."""
+    """Return whether a module is a learner's cell or a solution, not a library."""
     return module == "__main__" or str(module).startswith(STEPS)
 
 
 def is_ours(function) -> bool:
-    """Tell a solution of ours from what a learner has written, or edited."""
+    """Return whether a function is a solution of ours, and not edited."""
     return getattr(function, "__module__", "").startswith(STEPS)
 
 

@@ -1,4 +1,4 @@
-"""A mark where somebody stopped reading."""
+"""A mark where a user stopped reading."""
 
 import re
 
