@@ -94,7 +94,7 @@ function handleReceipt({ nonce, id }) {
   outbox.remove(nonce);
   if (id <= lastId) log.forget(nonce);
   if (nonce !== inFlight) return;
-  tell("problem", "");
+  explain("");
   sendAgain();
 }
 
@@ -105,13 +105,15 @@ function handleMessage(event) {
   }
   if (event.id > lastId + 1) leaveSoon(); // more was missed than the server replays
   lastId = event.id;
-  if (event.user === user) outbox.remove(event.nonce);
+  if (event.user === user && outbox.remove(event.nonce)) explain("");
   show(event);
 }
 
 // An error without a nonce is about the message in flight: the page sent nothing else.
+// `problem` is about the text in the box, and stays until you type; `reason` is about the
+// connection.
 function handleError({ code, text, nonce = inFlight }) {
-  tell("problem", text);
+  tell(code === "not_saved" ? "reason" : "problem", text);
   if (!nonce || nonce !== inFlight) return;
   if (code === "not_saved") retry = setTimeout(sendAgain, 1000 + 1000 * Math.random());
   else refuse(nonce);
@@ -122,7 +124,7 @@ function handleError({ code, text, nonce = inFlight }) {
 function refuse(nonce) {
   const message = outbox.remove(nonce);
   log.forget(nonce);
-  if (message) box.value = [message.text, box.value].filter(Boolean).join("\n");
+  if (message) box.setRangeText(message.text + (box.value && "\n"), 0, 0, "preserve");
   outbox.keep(box.value);
   sendAgain();
 }
@@ -202,6 +204,7 @@ function leaveSoon(address) {
   leaveTimer = setTimeout(() => {
     leaveTimer = 0;
     if (!address && !connection.live) return; // to reload needs a server: the next welcome
+    if (!outbox.kept && (outbox.pending.length || box.value)) return; // it would be lost
     keep("left", Date.now());
     leave(address);
   }, wait);
@@ -210,8 +213,13 @@ function leaveSoon(address) {
 function leave(address) {
   leaving = true;
   connection.drop();
+  lost(1000, true);
   if (address) location.assign(address);
   else location.reload();
+  setTimeout(() => { // you have stopped it, or it takes too long
+    leaving = false;
+    connection.connect();
+  }, 1000 * seconds("answer"));
 }
 
 // --- Wiring ---
@@ -238,7 +246,7 @@ tabs.addEventListener("message", ({ data: name }) => {
 window.addEventListener("online", () => connection.wake());
 document.addEventListener("visibilitychange", () => document.hidden || connection.wake());
 window.addEventListener("pageshow", (event) => {
-  if (event.persisted) location.reload(); // from the back-forward cache: signed out?
+  if (event.persisted) leave(); // from the back-forward cache: signed out?
 });
 window.addEventListener("beforeunload", (event) => {
   const unsent = outbox.pending.length || (box.value && !outbox.kept);
@@ -249,6 +257,7 @@ for (const item of document.querySelectorAll("#messages .own")) outbox.remove(it
 log.start();
 outbox.pending.forEach(log.showPending);
 box.value = outbox.draft || box.value;
+find("send").inert = false;
 if (window.self === window.top) box.focus(); // in a frame: the notebook keeps its keyboard
 tabs.postMessage(user);
 connection.connect();

@@ -16,12 +16,14 @@ let queue = []; // events that wait for the next frame
 let frame = 0;
 let timer = 0;
 let following = true; // whether the newest message is in sight
+let height = 0; // of the log, when that was last known
 let unseen = 0; // messages below the part in sight
 let unread = 0; // messages that came while the page was hidden
 let lastDay = ""; // of the newest message
 let today = ""; // when the times were told
 let busyTimer = 0; // until screen readers speak again
 let loading = false; // older messages, one request at a time
+const changed = new Map(); // messages that an operator changed meanwhile, by number
 const pending = new Map(); // your items without a number, by nonce; they stand last
 
 // --- From an event to an item ---
@@ -203,12 +205,18 @@ function trim() {
 
 // Measure only what may be tall: to read a height, the browser has to lay out the page.
 function fold(items) {
-  const long = items.filter((item) => LONG.test(item.querySelector("p")?.textContent ?? ""));
+  const long = items.filter((item) =>
+    !item.unfolded && LONG.test(item.querySelector("p")?.textContent ?? ""));
   const tall = long.filter(({ lastElementChild: p }) =>
     p.scrollHeight > (TALL + 0.5) * parseFloat(getComputedStyle(p).lineHeight));
   for (const item of tall) {
     const button = make("button", "Show all", { type: "button", className: "quiet" });
-    button.onclick = () => unfold(item);
+    button.onclick = () => {
+      item.unfolded = true;
+      unfold(item);
+      lookAtEnd();
+      log.focus(); // or the focus would be lost with the button
+    };
     item.classList.add("folded");
     item.append(button);
   }
@@ -240,6 +248,7 @@ export function forget(nonce) {
 // Return false if it is another message: then the database was replaced.
 export function update({ id, nonce, text }) {
   flush();
+  if (loading) changed.set(id, { id, nonce, text });
   const item = messages.querySelector(`[data-id="${id}"]`);
   if (item && item.dataset.nonce !== nonce) return false;
   if (item) setText(item, text);
@@ -247,7 +256,10 @@ export function update({ id, nonce, text }) {
 }
 
 // --- The end of the list: following it, and what is new below ---
-const isAtEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+function lookAtEnd() {
+  following = log.scrollHeight - log.scrollTop - log.clientHeight < 5;
+  if (following) showUnseen(0);
+}
 
 export function scrollToEnd() {
   following = true;
@@ -271,18 +283,23 @@ function offerOlder() {
   const first = Number(messages.querySelector("[data-id]")?.dataset.id ?? 1);
   older.parentElement.hidden = first <= 1;
   older.search = `?before=${first}`;
+  find("older-note").textContent = "";
 }
 
 async function showOlder(click) {
+  if (click.ctrlKey || click.metaKey || click.shiftKey) return; // in a tab of its own
   click.preventDefault();
   if (loading) return;
   loading = true;
-  following = false;
-  find("older-note").textContent = "";
+  older.textContent = "Loading …";
+  offerOlder();
   await loadOlder().catch(() => {
     find("older-note").textContent = "The older messages could not be loaded. Try again in a moment.";
   });
   loading = false;
+  older.textContent = "Older messages";
+  changed.forEach(update);
+  changed.clear();
 }
 
 async function loadOlder() {
@@ -298,18 +315,19 @@ async function loadOlder() {
 function prepend(items) {
   const anchor = messages.querySelector("[data-id]");
   const before = anchor.getBoundingClientRect().top;
+  const focused = document.activeElement === older;
   messages.prepend(...items);
   items.forEach(tellTime);
   headDays();
   fold(items);
-  log.scrollTop += anchor.getBoundingClientRect().top - before;
   offerOlder();
   if (!items.length) {
     older.parentElement.hidden = true;
     find("older-note").textContent = "Older messages are not kept.";
   }
-  if (older.parentElement.hidden) log.focus(); // or the focus would be lost with the link
-  following = isAtEnd();
+  log.scrollTop += anchor.getBoundingClientRect().top - before;
+  if (older.parentElement.hidden && focused) log.focus(); // it would be lost with the link
+  lookAtEnd();
 }
 
 // --- Who is online: one name in or out moves one item ---
@@ -359,11 +377,13 @@ export function start() {
     scrollToEnd();
     find("text").focus(); // the button is gone, so the focus would be lost
   });
-  log.addEventListener("scroll", () => {
-    following = isAtEnd();
-    if (following) showUnseen(0);
-  });
-  new ResizeObserver(() => following && scrollToEnd()).observe(log); // a phone's keyboard
+  // A phone's keyboard: the scroll event comes first, and measures a log without its end.
+  log.addEventListener("scroll", () => height === log.clientHeight && lookAtEnd());
+  new ResizeObserver(() => {
+    height = log.clientHeight;
+    if (following) scrollToEnd();
+    else lookAtEnd();
+  }).observe(log);
   document.addEventListener("visibilitychange", () => {
     flush();
     tellTimes();
