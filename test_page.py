@@ -757,6 +757,20 @@ async def test_a_session_that_ended_meanwhile_leads_to_the_sign_in(room, open_pa
     await ann.wait_for_url("**/login?why=ended")
 
 
+async def test_signing_in_again_in_another_tab_is_noticed_at_once(room, open_page):
+    """The page has just reloaded, so it waits with the sign-in, and says why."""
+    ann = await open_page(room.url, "ann")
+    await ann.evaluate("sessionStorage.left = Date.now()")
+    cookies = await ann.context.cookies()
+    await ann.context.clear_cookies()
+    await chat.close(list(room.room.connections), 1001)
+    await ann.locator("#reason", has_text="session has ended").wait_for()
+    await ann.context.add_cookies(cookies)
+    await second_tab(ann, room.url)
+    await wait(ann, ONLINE)
+    assert await ann.inner_text("#reason") == ""
+
+
 # --- The outbox ---
 NO_STORAGE = """Object.defineProperty(window, "sessionStorage", {
     get() { throw new DOMException("refused", "SecurityError"); },

@@ -242,6 +242,7 @@ find("signout").addEventListener("submit", signOut);
 tabs.addEventListener("message", ({ data: name }) => {
   if (!name) leave("/login?why=ended");
   else if (name !== user) becomeOther(name);
+  else if (!connection.socket) connection.connect(); // you have signed in again there
 });
 window.addEventListener("online", () => connection.wake());
 document.addEventListener("visibilitychange", () => document.hidden || connection.wake());
