@@ -68,6 +68,12 @@ def patient_crowd(monkeypatch):
 
 
 # --- Real parts: MongoDB ---
+def freeze(process):
+    """Stop a child process, and wait until all its threads have stopped."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+
+
 class Mongod:
     """A real MongoDB server that can be frozen, killed and started again."""
 
@@ -93,7 +99,7 @@ class Mongod:
             return client.admin.command(*command, **more)
 
     def freeze(self):
-        self.process.send_signal(signal.SIGSTOP)
+        freeze(self.process)
 
     def thaw(self):
         self.process.send_signal(signal.SIGCONT)

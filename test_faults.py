@@ -42,6 +42,7 @@ from conftest import (
     clean_environment,
     connect,
     form,
+    freeze,
     need,
     program,
     read,
@@ -568,7 +569,7 @@ async def away(outage, place, process, cable):
         case "connected":
             yield
         case "frozen":
-            process.process.send_signal(signal.SIGSTOP)
+            freeze(process.process)
             yield
             process.process.send_signal(signal.SIGCONT)
         case "stream killed":

@@ -19,7 +19,16 @@ from aiohttp.test_utils import TestServer, unused_port
 from bson import ObjectId
 
 import chat
-from conftest import BROWSERS, PASSWORD, Chromium, ChromiumWindow, need, optional, until
+from conftest import (
+    BROWSERS,
+    PASSWORD,
+    Chromium,
+    ChromiumWindow,
+    freeze,
+    need,
+    optional,
+    until,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 fixture = pytest_asyncio.fixture(loop_scope="session")
@@ -545,7 +554,7 @@ async def test_two_processes_of_which_one_is_held_back(
     bob = await open_page(f"{ahead.url}/", "bob")
     await write(ann, "before")
     await shown(ann, "before")
-    behind.process.send_signal(signal.SIGSTOP)
+    freeze(behind.process)
     expected = ["before"] + [f"while it stands {number}" for number in range(5)]
     for text in expected[1:]:
         await write(bob, text)
