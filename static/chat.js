@@ -69,11 +69,12 @@ function handle(event) {
 function handleWelcome(event) {
   log.flush();
   if (event.user !== user) return becomeOther(event.user);
+  clearTimeout(leaveTimer); // you have signed in again
+  leaveTimer = 0;
   log.showOnline(event.online);
   showStatus("online");
   explain("");
   compare(event.last);
-  if (stale) leaveSoon();
   return sendNext();
 }
 
@@ -110,8 +111,8 @@ function handleMessage(event) {
 }
 
 // An error without a nonce is about the message in flight: the page sent nothing else.
-// `problem` is about the text in the box, and stays until you type; `reason` is about the
-// connection.
+// `problem` is about the text in the box and stays until you type. `reason` is about
+// delivery: it goes when delivery works again.
 function handleError({ code, text, nonce = inFlight }) {
   tell(code === "not_saved" ? "reason" : "problem", text);
   if (!nonce || nonce !== inFlight) return;
@@ -124,7 +125,8 @@ function handleError({ code, text, nonce = inFlight }) {
 function refuse(nonce) {
   const message = outbox.remove(nonce);
   log.forget(nonce);
-  if (message) box.setRangeText(message.text + (box.value && "\n"), 0, 0, "preserve");
+  const caret = box.selectionEnd ? "preserve" : "end"; // "end": of the text that comes back
+  if (message) box.setRangeText(message.text + (box.value && "\n"), 0, 0, caret);
   outbox.keep(box.value);
   sendAgain();
 }
@@ -132,7 +134,7 @@ function refuse(nonce) {
 // Act on the third disagreement in a row: a process may be behind for a while.
 function compare(last) {
   disagreements = last === lastId ? 0 : disagreements + 1;
-  if (disagreements > 2) leaveSoon();
+  if (stale || disagreements > 2) leaveSoon();
 }
 
 // --- The connection is lost, and the page says so ---
@@ -163,14 +165,16 @@ function tell(id, text) { // a screen reader speaks every change, so avoid empty
 }
 
 // --- Who you are: the tabs of a browser share one session ---
+const ENDED = "Your session has ended. Reload the page to sign in at once.";
+
 function signIn() {
-  stop("Your session has ended. Reload the page to sign in at once.");
+  stop(ENDED);
   leaveSoon("/login?why=ended");
 }
 
 // Don't send what one user typed under the name of another: it waits in its own outbox.
 function becomeOther(name) {
-  stop(`This browser is now signed in as ${name}. The page will reload.`);
+  stop(`This browser is now signed in as ${name}. Reload the page to go on.`);
   leaveSoon("/");
 }
 
@@ -189,12 +193,13 @@ async function signOut(event) {
     return explain("Signing out did not work. You are still signed in.");
   }
   tabs.postMessage(""); // not earlier: the sign-in page sends users with a session back
+  stop("You have signed out. Reload the page to sign in.");
   return leave("/login");
 }
 
 // --- Leaving: at most once a minute by itself, whatever the server says ---
 function leaveSoon(address) {
-  stale = true;
+  stale ||= !address;
   if (leaving || (leaveTimer && !address)) return;
   clearTimeout(leaveTimer);
   const pause = 1000 * seconds("reload");
@@ -210,16 +215,12 @@ function leaveSoon(address) {
   }, wait);
 }
 
+// Stay connected until the next page comes: you may stop the loading, or it may fail.
 function leave(address) {
   leaving = true;
-  connection.drop();
-  lost(1000, true);
   if (address) location.assign(address);
   else location.reload();
-  setTimeout(() => { // you have stopped it, or it takes too long
-    leaving = false;
-    connection.connect();
-  }, 1000 * seconds("answer"));
+  setTimeout(() => { leaving = false; }, 1000 * seconds("answer"));
 }
 
 // --- Wiring ---
@@ -240,9 +241,12 @@ box.addEventListener("input", () => {
 });
 find("signout").addEventListener("submit", signOut);
 tabs.addEventListener("message", ({ data: name }) => {
-  if (!name) leave("/login?why=ended");
-  else if (name !== user) becomeOther(name);
-  else if (!connection.socket) connection.connect(); // you have signed in again there
+  if (name && name !== user) becomeOther(name);
+  else if (name && !connection.socket) connection.connect(); // you have signed in again
+  else if (!name) {
+    stop(ENDED);
+    leave("/login?why=ended");
+  }
 });
 window.addEventListener("online", () => connection.wake());
 document.addEventListener("visibilitychange", () => document.hidden || connection.wake());
@@ -251,7 +255,7 @@ window.addEventListener("pageshow", (event) => {
 });
 window.addEventListener("beforeunload", (event) => {
   const unsent = outbox.pending.length || (box.value && !outbox.kept);
-  if (unsent && !leaving) event.preventDefault(); // the storage goes with the tab
+  if (unsent && !(leaving && outbox.kept)) event.preventDefault(); // storage goes with the tab
 });
 
 for (const item of document.querySelectorAll("#messages .own")) outbox.remove(item.dataset.nonce);

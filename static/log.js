@@ -16,7 +16,7 @@ let queue = []; // events that wait for the next frame
 let frame = 0;
 let timer = 0;
 let following = true; // whether the newest message is in sight
-let height = 0; // of the log, when that was last known
+let height = 0; // of the log, at its last resize
 let unseen = 0; // messages below the part in sight
 let unread = 0; // messages that came while the page was hidden
 let lastDay = ""; // of the newest message
@@ -193,7 +193,7 @@ function tellPeople(line) {
 // Trim in steps: removing lines at the top moves all the others. The first line tells the
 // day, so remove what stands below it.
 function trim() {
-  if (!following || loading) return; // what is loaded ends where the list begins
+  if (!following || loading) return; // the answer ends just above the first item
   let surplus = messages.children.length - pending.size - SHOWN;
   if (surplus < SHOWN / 6) return;
   for (; surplus > 0; surplus--) {
@@ -308,25 +308,28 @@ async function loadOlder() {
   if (answer.type === "opaqueredirect") return location.assign(older.href); // signed out
   if (!answer.ok) throw new Error(`status ${answer.status}`);
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-  return quietly(() => prepend([...page.querySelectorAll("[data-id]")]));
+  const items = [...page.querySelectorAll("[data-id]")];
+  const focused = document.activeElement === older;
+  if (items.length) quietly(() => prepend(items));
+  else endOlder();
+  if (older.parentElement.hidden && focused) log.focus(); // it would be lost with the link
+}
+
+function endOlder() {
+  older.parentElement.hidden = true;
+  find("older-note").textContent = "Older messages are not kept.";
 }
 
 // Keep what you read where it is: the list grows above it.
 function prepend(items) {
   const anchor = messages.querySelector("[data-id]");
   const before = anchor.getBoundingClientRect().top;
-  const focused = document.activeElement === older;
   messages.prepend(...items);
   items.forEach(tellTime);
   headDays();
   fold(items);
   offerOlder();
-  if (!items.length) {
-    older.parentElement.hidden = true;
-    find("older-note").textContent = "Older messages are not kept.";
-  }
   log.scrollTop += anchor.getBoundingClientRect().top - before;
-  if (older.parentElement.hidden && focused) log.focus(); // it would be lost with the link
   lookAtEnd();
 }
 

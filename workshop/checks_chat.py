@@ -141,7 +141,7 @@ async def trying(*arguments, **replaced):
             if server.log:
                 line = server.log[-1]
                 if line.endswith("AssertionError: "):  # by aiohttp
-                    line = "a handler has returned, and not a response."
+                    line = "a handler returned something that isn't a response."
                 failure = Lacking(f"The chat complained: {line}")
     except Exception as error:  # the end fails, too
         failure = failure or error
@@ -386,8 +386,8 @@ async def paced(mine) -> None:
                 await bob.say("Am I held back, too?")
             except TimeoutError:
                 raise Lacking(
-                    "Bob's only message is not read. `take` returns 0 when he may go "
-                    "on, and seconds when he has to wait."
+                    "Bob's only message is not read. `take` returns 0 if he may go on, "
+                    "else the seconds to wait."
                 ) from None
             for _ in range(300):
                 count, passed = len(errors(mallory)), time.monotonic() - start
@@ -659,7 +659,9 @@ async def rooms(attempt) -> None:
             db.queue.put_nowait(chat.StreamBroken("test"))
         await quiet()
         server.log.clear()  # the stream has told that
-        users = "The kitchen looks for Bob's account among users of its own."
+        users = (
+            "The kitchen looks for Bob's account in `users` of its own."
+        )
         need(bob.is_connected, users)
         server.people.clear()
     await bob.reader

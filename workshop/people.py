@@ -18,7 +18,7 @@ TURN = 0.01  # seconds that a turn takes at least
 FLOOD = 5_000  # more events than a demonstration sends
 ENDS = {  # of a connection, by close code
     1000: "your handler has returned",
-    1002: "these bytes were not a frame",
+    1002: "the bytes were not a valid frame",
     1006: "it was cut off",
 }
 
@@ -78,7 +78,7 @@ class Client:
 
     async def read(self) -> None:
         async for frame in self.ws:
-            if frame.type is aiohttp.WSMsgType.ERROR:  # these bytes are not a frame
+            if frame.type is aiohttp.WSMsgType.ERROR:  # the bytes are not a valid frame
                 return
             event = json.loads(frame.data)
             self.hear(event if isinstance(event, dict) else {"type": "", "raw": event})

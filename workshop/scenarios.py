@@ -1,4 +1,4 @@
-"""What a chat that loses no message has to do, a learner's or ours.
+"""Scenarios that a chat must pass to lose no message: a learner's chat, or ours.
 
 The same scenarios run on a learner's 24 lines and on `chat.py`. A server has `join`,
 which returns a person (people.py). A scenario that fails raises Lacking.

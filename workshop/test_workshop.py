@@ -420,7 +420,7 @@ WRONG_ATTEMPTS = [
         "waiting_for_nobody",
         r"write\(frame\)",
         "write(data)",
-        "these bytes were not a frame",
+        "the bytes were not a valid frame",
     ),
     ("waiting_for_nobody", r"transport.write\(.*", "await ws.send_json(event)", ""),
     ("waiting_for_nobody", r"\.values\(\)", "", "the keys, or the transports?"),
