@@ -10,7 +10,9 @@ import textwrap
 import threading
 import time
 from types import FunctionType
-from unittest.mock import patch
+from unittest.mock import Mock, patch
+
+from aiohttp import web
 
 from workshop import scenarios
 from workshop.copies import NOTHING_NEW, NotAttempted, Page
@@ -143,6 +145,8 @@ class trying:
             cause = cause.partition(": ")[2]
             if "type method is not" in cause:
                 cause += ". A method is called with brackets: `name()`."
+            if cause == "KeyError: 'nonce'":
+                cause += ". A notice has none, and went on as if it were a message."
             if cause.startswith("KeyError: ("):
                 cause += ". `numbers` does not have this key."
             ended = re.match("(Client)?Connection", cause)  # by the check
@@ -184,9 +188,23 @@ async def broadcast(talk) -> None:
     async with trying(talk) as server:
         need_name(server, "connections")
         ann, bob = await server.join("ann"), await server.join("bob")
-        await ann.send(type="message", text="Anyone here?", nonce="n-1")
-        await quiet(0.05)
-        need(bob.heard, "Ann said something, and Bob heard nothing.")
+        failed, send_json = [], web.WebSocketResponse.send_json
+
+        async def noted(ws, *arguments, **more):
+            try:
+                await send_json(ws, *arguments, **more)
+            except TypeError as error:
+                failed.append(error)
+                raise
+
+        noted.__qualname__ = "send_json"
+        with patch.object(web.WebSocketResponse, "send_json", noted):
+            await ann.send(type="message", text="Anyone here?", nonce="n-1")
+            await quiet(0.05)
+        hidden = "and `gather` hid it. Is a method called without brackets?"
+        need(not failed, f"`send_json` raised {failed and failed[0]}, {hidden}")
+        held = f"`connections` holds {len(server.connections)} of these two."
+        need(bob.heard, f"Ann said something, and Bob heard nothing. {held}")
         count = len(ann.heard)
         need(count < 2, f"Ann said one thing, and heard her own words {count} times.")
         need(
@@ -199,6 +217,11 @@ async def broadcast(talk) -> None:
         event = bob.heard[0].get("raw", bob.heard[0])
         right = isinstance(event, dict) and event.get("text") == "Anyone here?"
         need(right, f"Bob heard {event} instead of the event in the frame.")
+        with contextlib.suppress(ConnectionError):  # has the handler ended?
+            await ann.send(type="message", text="And now?", nonce="n-2")
+        await quiet(0.05)
+        count = len(bob.heard)
+        need(count == 2, f"Ann said a second thing, and Bob has heard {count}.")
 
 
 @task("broadcast")
@@ -238,18 +261,30 @@ async def names(talk) -> None:
     async with trying(talk) as server:
         bob = await server.join("bob")
         need(bob.heard, "Bob came, but no `joined` was sent.")
+        before = len(bob.heard)
         ann = await server.join("ann")
         await quiet(0.05)
+        need(len(bob.heard) > before, "Ann came, and Bob heard nothing of it.")
         joined = bob.heard[-1]
-        need_once(bob, "joined", "Ann came", besides={"bob"})
+        joined = joined.get("raw", joined)
         wanted = {"type": "joined", "user": "ann"}
         need(joined == wanted, f"Ann came, and Bob heard {joined} instead of {wanted}.")
-        await ann.send(type="message", text="Hi", nonce="n-1", user="bob")
+        need_once(bob, "joined", "Ann came", besides={"bob"})
+        await ann.send(type="message", text="Hi", nonce="n-1")
         await quiet(0.05)
         said = bob.heard[-1]
-        need(said.get("type") == "message", f"Ann said Hi, and Bob heard {said}.")
-        need("user" in said, "The message does not say who wrote it.")
+        said = said.get("raw", said)
+        right = isinstance(said, dict) and said.get("type") == "message"
+        need(right, f"Ann said Hi, and Bob heard {said}.")
+        need("user" in said, f"Bob heard {said}, which has no `user`: who wrote it?")
         need_once(bob, "message", "Ann said Hi")
+        wrote = said["user"]
+        need(wrote == "ann", f"Ann wrote, and the message says {wrote!r}.")
+        wanted = {"type": "message", "text": "Hi", "nonce": "n-1", "user": "ann"}
+        need(said == wanted, f"Bob heard {said} instead of {wanted}.")
+        await ann.send(type="message", text="Hi", nonce="n-2", user="bob")
+        await quiet(0.05)
+        said = bob.heard[-1]
         need(
             said["user"] == "ann",
             f"Ann wrote, and the message says {said['user']}: she had sent "
@@ -277,9 +312,9 @@ def need_once(person, kind: str, what: str, besides: set | tuple = ()) -> None:
 # The ways to show `text`: as what is assigned, or as what is called with it.
 TEXT = r"""(text|String\(text\)|text\.toString\(\)|`\$\{text\}`|""\ \+\ text
     |text\ \+\ ""|\(text\)|new\ Text\(text\))"""
-SHOWN = rf"""\bwords(\.|\[['"])(textContent|innerText)(['"]\])?\s*=\s*{TEXT}\s*(;|$)
+SHOWN = rf"""\bwords(\.|\[['"])(textContent|innerText)(['"]\])?\s*\+?=\s*{TEXT}\s*(;|$)
 |\bwords\.(append|prepend|replaceChildren)\((document\.createTextNode\()?{TEXT}\)
-|\bwords\.appendChild\(document\.createTextNode\({TEXT}\)
+|\bwords\.appendChild\((document\.createTextNode|new\ Text)\({TEXT}\)
 |\bwords\.insertAdjacentText\([^,]*,\s*{TEXT}\)"""
 
 
@@ -304,6 +339,7 @@ async def me(attempt) -> None:
         ("ann", "/me waves"): "* ann waves",
         ("eve", "/me waves"): "* eve waves",
         ("ann", "/me says /me waves"): "* ann says /me waves",
+        ("eve", "/me meets me"): "* eve meets me",  # `strip` takes letters, not words
     }
     texts = "hello", "what is /me for?", "/method", "/me"
     for name, text in [*actions, *(("ann", text) for text in texts)]:
@@ -326,13 +362,19 @@ async def history(talk) -> None:
         ann, bob = await server.join("ann"), await server.join("bob")
         await ann.send(type="message", text="one", nonce="n-1")
         await heard(ann, 1, seconds=1)
-        need(ann.messages(), "Ann said one, and no message came.")
+        odd = ann.heard[-1].get("raw", ann.heard[-1])
+        need(ann.messages(), f"Ann said one, and no message came, but {odd}.")
         one = ann.messages()[0]
         need(one.get("id") == 1, "The first message should have `id` 1.")
         need(one.get("user") == "ann", f"Ann said one, and Bob hears {one}.")
         await bob.break_off()
-        for text in "two", "three":
-            await ann.say(text)
+        forged = {"user": "bob", "id": 7}
+        await ann.send(type="message", text="two", nonce="n-2", **forged)
+        await heard(ann, 2, seconds=1)
+        two = {name: ann.messages()[-1].get(name) for name in forged}
+        won = f"Ann had sent {forged} along. Her message has {two}: yours have to win."
+        need(two["user"] != "bob" and two["id"] != 7, won)
+        await ann.say("three")
         await bob.come_back(after=1)
         await heard(bob, 3)
         again = bob.texts().count("one")
@@ -353,6 +395,9 @@ async def nothing_between(talk) -> None:
         await scenarios.come_back_and_miss_nothing(server)
 
 
+USUAL = "joined", "left", "message", "receipt"
+
+
 @task("receipts_twice")
 async def receipt(talk) -> None:
     async with trying(talk) as server:
@@ -360,12 +405,18 @@ async def receipt(talk) -> None:
         await ann.send(type="message", text="Pay 100 to Bob.", nonce="n-1")
         await heard(bob, 1, 1)
         got = [event for event in ann.heard if event["type"] == "receipt"]
-        need(got, "Ann's message is stored, and no receipt came.")
+        odd = [e.get("raw", e) for e in ann.heard if e["type"] not in USUAL]
+        odd = f" Ann heard {odd[0]!r}." if odd else ""
+        need(got, f"Ann's message is stored, and no receipt came.{odd}")
         wanted = {"type": "receipt", "nonce": "n-1", "id": 1}
         need(got == [wanted], f"Ann got {got} instead of one {wanted}.")
         await quiet(0.05)
         others = [event for event in bob.heard if event["type"] == "receipt"]
         need(not others, "Bob got Ann's receipt: it is for its sender only.")
+        await ann.send(type="message", text="Thank you.", nonce="n-2")
+        await heard(bob, 2, 1)
+        got = [event["id"] for event in ann.heard if event["type"] == "receipt"]
+        need(got == [1, 2], f"Ann said two things, and got receipts for {got}.")
     async with trying(talk) as server:
         ann, bob = await server.join("ann"), await server.join("bob")
         with scenarios.slow_network(0.02):
@@ -430,6 +481,13 @@ async def check_bound(talk) -> None:
     for scenario in scenarios.LOSING_NOTHING:
         async with trying(talk) as server:
             await scenario(server)
+    async with trying(talk) as server:
+        ann, slow = await server.join("ann"), Mock()
+        slow.get_write_buffer_size.return_value = 60_000
+        server.connections["slow"] = slow
+        await ann.say("Hello?")
+        early = "It cuts off a transport for which 60,000 bytes wait, of 65,536."
+        need(not slow.abort.called, early)
     async with trying(talk) as server:
         kibibytes = max(await stall_in(server), default=0)
         need(kibibytes < 200, f"For Bob, who does not read, {kibibytes:.0f} KiB wait.")

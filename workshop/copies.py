@@ -61,7 +61,8 @@ def edit(old: str, new: str, file: str = "chat.py", of=chat, **names):
             return define(source, of, names)
         return copy(old, new, file, of)
     except SyntaxError as error:
-        line = (error.text or "").strip()
+        line = error.text or linecache.getline(error.filename or "", error.lineno or 0)
+        line = line.strip()
         return NotAttempted(f"✗ Python can't read this copy: {error.msg}, in `{line}`")
     except NameError as error:
         return NotAttempted(f"✗ Python can't run this copy: {error}")

@@ -81,7 +81,8 @@ class Client:
             if frame.type is aiohttp.WSMsgType.ERROR:  # the bytes are not a valid frame
                 return
             event = json.loads(frame.data)
-            self.hear(event if isinstance(event, dict) else {"type": "", "raw": event})
+            known = isinstance(event, dict) and "type" in event
+            self.hear(event if known else {"type": "", "raw": event})
             if len(self.heard) == FLOOD:
                 self.abort()
 

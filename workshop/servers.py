@@ -149,6 +149,9 @@ async def serving(module=chat, host=HOST, port=0, change=None, log=False, **repl
     ]
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
+        for name in Lines.names:  # the filters of other copies say a line once a minute
+            logging.getLogger(name).filters.clear()
+        module.log_lines.cache_clear()
         with patch.multiple(module, **{"ROUTES": routes} | replaced):
             app = module.init_app(settings)
             if change:

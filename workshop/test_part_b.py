@@ -282,6 +282,25 @@ WRONG_ATTEMPTS = [
     ("clock", "await app", "app", f"`post` {NEVER}"),
     ("clock", ".*sleep.*\n", "", "0.0 s passed, not 1"),
     ("clock", "    yield", "    await task\n    yield", "The chat does not start"),
+    ("alike", r"hash_password, (.*?)\)", r'verify_password, \1, "x")', "was hashed"),
+    (
+        "undo",
+        "await chat.*",
+        "event = self.history.events[own[-1]]\n"
+        "            event['text'] = ''\n"
+        "            self.broadcast(event)",
+        "number 2 is blank, and it is still stored",
+    ),
+    ("undo", "    return self", "        return self", "Eve, who has said nothing"),
+    ("undo", "return await", "await", "Before any /undo Bob reads"),
+    ("undo", "chat.M.*", "self.db.messages.delete_one({'_id': own[-1]})", "Blank it"),
+    ("paced", r"(?s)while.*wait\)", "await asyncio.sleep(1 / 30)", "are allowed"),
+    ("paced", r"(?s)while.*wait\)", "await asyncio.sleep(1 / 14)", "each frame costs"),
+    ("paced", r"sleep\(wait\)", "sleep(1000 * wait)", "for as long as `take` says"),
+    ("search", "return (.*)", r"return [m['text'] for m in \1]", "whole documents"),
+    ("host", r"ObjectId\(\)", "ObjectId", "A user has `_id`, an ObjectId"),
+    ("host", r"token_hex\(\)", "1", "`post` takes two texts"),
+    ("clock", r"ObjectId\(\)", "ObjectId", "A user has `_id`, an ObjectId"),
     ("successor", "await self.mongo.watch", "self.mongo.watch", f"`watch` {NEVER}"),
     ("successor", ', full_document="updateLookup"', "", "Bob hears nothing of it"),
     ("successor", "chat.PIPELINE", "[]", "It follows new users as well"),
@@ -312,8 +331,18 @@ async def test_wrong_attempt_is_told_what_it_lacks(learner, name, old, new, hint
     assert hint in said
 
 
+async def test_wrong_attempt_is_wrong_again(learner):
+    """The chat says a line once a minute, and the check reads what it says."""
+    line = "StreamBroken('A write failed')"
+    source = re.sub(r"\(change\)", f"({line})", solution("notify"))
+    await learner.run(preparation("notify"))
+    for _ in range(2):
+        assert "The stream of changes broke" in await learner.attempt("notify", source)
+
+
 # Other ways that are right, too.
 RIGHT_ATTEMPTS = [
+    ("paced", r"while wait := (.*):", r"while (wait := \1) > 0:"),
     ("health", r"await .*", "await chat.Message(request[chat.DB]).newest(1)"),
     ("bot", r"while True:", "while not await __import__('asyncio').sleep(2):"),
     ("search", r"\.limit(.*)\n.*", r"\n    return await found.to_list(length=count)"),

@@ -411,7 +411,7 @@ WRONG_ATTEMPTS = [
         r"\2\1",
         "2 times: `broadcast` waits",
     ),
-    ("typing", r" *continue\n", "", "KeyError"),
+    ("typing", r" *continue\n", "", "A notice has none, and went on"),
     ("typing", "continue", "return", "Your handler has returned"),
     ("typing", "continue", "return ws", "your handler has returned"),
     ("typing", "continue", "break", "your handler has returned"),
@@ -493,6 +493,36 @@ WRONG_ATTEMPTS = [
     ("bounded", r"transport.abort\(\)", "continue", "Bob is skipped"),
     ("bounded", r" > 65_536", " < 65_536", "connection has ended: it was cut off"),
     ("bounded", r"_size\(\)", "_size", "Your handler raised TypeError"),
+    ("bounded", "65_536", "6_553", "for which 60,000 bytes wait"),
+    ("broadcast", r"frame.json\(\)", "frame.json", "a method called without brackets"),
+    ("broadcast", "await broadcast", "return await broadcast", "handler has returned"),
+    ("names", r'event \| {"user": name}', "event", "has no `user`"),
+    ("names", r'"type": "joined"', '"joined": True', "Bob heard {'joined': True"),
+    (
+        "names",
+        r'event \| ({"user": name})',
+        r'{"type": "message", "text": event["text"]} | \1',
+        "instead of {'type': 'message', 'text': 'Hi', 'nonce': 'n-1'",
+    ),
+    ("me", r"\['text'\]\[4:\]", "['text'].lstrip('/me ')", "* eve meets me"),
+    ("history", r"event \| ({.*})", r"\1 | event", "yours have to win"),
+    ("history", r"event \| {", "{", "no message came, but {'id': 1"),
+    (
+        "nothing_between",
+        REPLAY,
+        2 * "    for message in messages[after:]:\n"
+        "        await ws.send_json(message)\n"
+        "        after = message['id']\n",
+        "Bob never heard number",
+    ),
+    ("receipt", r'"type": "receipt", ', "", "no receipt came. Ann heard {'id': 1"),
+    ("receipt", r'await (.*"receipt")', r"return await \1", "handler has returned"),
+    (
+        "once",
+        r"( *)(if key.*\n) *(messages.append.*\n)",
+        r"\1\3\1\2",
+        "The repetition was stored, too",
+    ),
 ]
 
 
@@ -577,6 +607,8 @@ RIGHT_ATTEMPTS = [
             "words.textContent = `${text}`",
             'words.insertAdjacentText("beforeend", text)',
             "words.append(document.createTextNode(text))",
+            "words.appendChild(new Text(text))",
+            "words.textContent += text",
         )
     ),
     (

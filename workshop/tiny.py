@@ -53,7 +53,7 @@ class Guest(Client):
         more = "" if after is None else f"&after={after}"
         await self.open(f"/ws?name={self.name}{more}")
         with contextlib.suppress(TimeoutError):
-            while (await self.next("joined", seconds=0.2))["user"] != self.name:
+            while (await self.next("joined", seconds=0.2)).get("user") != self.name:
                 pass
         return self
 
