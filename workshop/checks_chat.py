@@ -766,9 +766,14 @@ async def clock(attempt) -> None:
         need(ann.messages(), "It should speak as soon as the chat has started.")
         first = ann.messages()[0]
         need(first["user"] == "clock", "It should speak as the user `clock`.")
-        await asyncio.sleep(1.6)  # in seconds: the attempt sleeps beside it
-        await quiet(0.1)
-        late = len(ann.messages()) < 2
+        for count in range(1, 6):
+            await heard(ann, count, seconds=4)
+            start = time.monotonic()
+            await asyncio.sleep(1.6)  # in seconds: the attempt sleeps beside it
+            await quiet(0.1)
+            if time.monotonic() - start < 2.5:  # else the machine is busy: look again
+                break
+        late = len(ann.messages()) <= count
         await heard(ann, 2, seconds=3)
         times = [datetime.fromisoformat(event["time"]) for event in ann.messages()]
         need(len(times) > 1, "It speaks once only: is its nonce a new one?")
