@@ -826,16 +826,21 @@ async def test_after_a_restart_in_memory_the_unsent_text_outlives_the_login(
     assert await ann.input_value("#text") == "half a sen"
 
 
-async def test_a_message_that_was_not_saved_is_sent_again(room, open_page):
+async def open_with_a_message_not_saved(open_page, room, text):
     ann, script = await open_scripted(open_page, room)
     await wait(ann, ONLINE)
-    await write(ann, "not yet")
+    await write(ann, text)
     await until(lambda: script.received)
-    nonce, sentence = script.received[0]["nonce"], "It is not saved yet."
+    nonce, sentence = script.received[0]["nonce"], "The page keeps trying."
     script.send(
         {"type": "error", "code": "not_saved", "text": sentence, "nonce": nonce}
     )
     await ann.locator("#reason", has_text=sentence).wait_for()
+    return ann, script, nonce
+
+
+async def test_a_message_that_was_not_saved_is_sent_again(room, open_page):
+    ann, script, nonce = await open_with_a_message_not_saved(open_page, room, "not yet")
     await until(lambda: len(script.received) == 2)
     assert script.received[1] == script.received[0]
     assert await ann.locator(".pending").count() == 1
@@ -848,15 +853,7 @@ async def test_a_message_that_was_not_saved_is_sent_again(room, open_page):
 
 async def test_a_message_that_was_saved_after_all_is_not_tried_again(room, open_page):
     """The server's deadline passed, and the write succeeded: its broadcast comes."""
-    ann, script = await open_scripted(open_page, room)
-    await wait(ann, ONLINE)
-    await write(ann, "saved")
-    await until(lambda: script.received)
-    nonce, sentence = script.received[0]["nonce"], "The page keeps trying."
-    script.send(
-        {"type": "error", "code": "not_saved", "text": sentence, "nonce": nonce}
-    )
-    await ann.locator("#reason", has_text=sentence).wait_for()
+    ann, script, nonce = await open_with_a_message_not_saved(open_page, room, "saved")
     script.send_message(1, "saved", "ann", nonce)
     await wait(ann, "document.getElementById('reason').textContent === ''")
     await asyncio.sleep(2.5)
@@ -977,8 +974,7 @@ async def test_before_its_scripts_run_the_page_takes_no_text(room, open_page):
     """It would be lost: to the draft that is kept, or as a form sent to nowhere."""
     ann = await open_page(room.url, "ann")
     await ann.fill("#text", "half a sen")
-    route, asked, go_on = held(ann, "**/log.js")
-    await route
+    asked, go_on = await hold_answers(ann, "**/log.js")
     await ann.reload(wait_until="commit")
     await asked.wait()
     await ann.focus("#text")
@@ -1180,8 +1176,8 @@ async def test_scrolling_back_and_coming_back_to_the_end(room, open_page):
     assert await ann.evaluate(TEXTS) == [f"text {n}" for n in range(first - 50, 422)]
 
 
-def held(page, pattern):
-    """Hold the answers to the page's requests until an event is set."""
+async def hold_answers(page, pattern):
+    """Hold the answers to a page's requests. Return two events: asked, and go on."""
     asked, go_on = asyncio.Event(), asyncio.Event()
 
     async def hold(route):
@@ -1190,15 +1186,15 @@ def held(page, pattern):
         await go_on.wait()
         await route.fulfill(response=answer)
 
-    return page.route(pattern, hold), asked, go_on
+    await page.route(pattern, hold)
+    return asked, go_on
 
 
 async def test_while_older_messages_load_you_go_on(room, open_page):
     """You type, and an operator takes a message back that is on its way."""
     await room.post_many(60)
     ann = await open_page(room.url, "ann")
-    route, asked, go_on = held(ann, "**/?before=*")
-    await route
+    asked, go_on = await hold_answers(ann, "**/?before=*")
     await scroll(ann, "0")
     top = """Math.round(
         document.querySelector("[data-id='11']").getBoundingClientRect().top)"""
@@ -1236,9 +1232,8 @@ async def test_older_messages_that_are_not_kept_are_a_sentence(room, open_page):
     await ann.wait_for_selector("#log[aria-busy=false]")
     await ann.click("#older")
     await ann.locator("#older-note", has_text="not kept").wait_for()
-    assert (
-        await ann.get_attribute("#log", "aria-busy") == "false"
-    )  # or it is not spoken
+    busy = await ann.get_attribute("#log", "aria-busy")
+    assert busy == "false"  # or the sentence is not spoken
     assert not await ann.is_visible("#older")
     assert await ann.evaluate("document.activeElement.id") == "log"
     await scroll(ann, "log.scrollHeight")

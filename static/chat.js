@@ -165,11 +165,9 @@ function tell(id, text) { // a screen reader speaks every change, so avoid empty
 }
 
 // --- Who you are: the tabs of a browser share one session ---
-const ENDED = "Your session has ended. Reload the page to sign in at once.";
-
-function signIn() {
-  stop(ENDED);
-  leaveSoon("/login?why=ended");
+function signIn(go = leaveSoon) {
+  stop("Your session has ended. Reload the page to sign in at once.");
+  go("/login?why=ended");
 }
 
 // Don't send what one user typed under the name of another: it waits in its own outbox.
@@ -209,11 +207,14 @@ function leaveSoon(address) {
   leaveTimer = setTimeout(() => {
     leaveTimer = 0;
     if (!address && !connection.live) return; // to reload needs a server: the next welcome
-    if (!outbox.kept && (outbox.pending.length || box.value)) return; // it would be lost
+    if (wouldLose()) return;
     keep("left", Date.now());
     leave(address);
   }, wait);
 }
+
+// The storage goes with the tab; without storage, what is unsent goes with the page.
+const wouldLose = () => !outbox.kept && (outbox.pending.length || box.value);
 
 // Stay connected until the next page comes: you may stop the loading, or it may fail.
 function leave(address) {
@@ -241,12 +242,9 @@ box.addEventListener("input", () => {
 });
 find("signout").addEventListener("submit", signOut);
 tabs.addEventListener("message", ({ data: name }) => {
-  if (name && name !== user) becomeOther(name);
-  else if (name && !connection.socket) connection.connect(); // you have signed in again
-  else if (!name) {
-    stop(ENDED);
-    leave("/login?why=ended");
-  }
+  if (!name) signIn(leave);
+  else if (name !== user) becomeOther(name);
+  else if (!connection.socket) connection.connect(); // you have signed in again
 });
 window.addEventListener("online", () => connection.wake());
 document.addEventListener("visibilitychange", () => document.hidden || connection.wake());
@@ -254,8 +252,7 @@ window.addEventListener("pageshow", (event) => {
   if (event.persisted) leave(); // from the back-forward cache: signed out?
 });
 window.addEventListener("beforeunload", (event) => {
-  const unsent = outbox.pending.length || (box.value && !outbox.kept);
-  if (unsent && !(leaving && outbox.kept)) event.preventDefault(); // storage goes with the tab
+  if (wouldLose() || (outbox.pending.length && !leaving)) event.preventDefault();
 });
 
 for (const item of document.querySelectorAll("#messages .own")) outbox.remove(item.dataset.nonce);

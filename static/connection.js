@@ -131,8 +131,8 @@ export class Connection {
   }
 
   // A connection that was live only for a moment counts as a failure. Otherwise a server
-  // that welcomes and hangs up would be asked twice a second for ever. A server
-  // that says it stops (1001) is an exception: an instructor's saves restart it many times.
+  // that welcomes and hangs up would be asked twice a second for ever. A server that says
+  // it stops (1001) is an exception: an instructor's saves restart it many times.
   lose(code) {
     const { live } = this;
     const lasted = live && (code === 1001 || this.isOver("answer", this.liveSince));

@@ -23,7 +23,7 @@ let lastDay = ""; // of the newest message
 let today = ""; // when the times were told
 let busyTimer = 0; // until screen readers speak again
 let loading = false; // older messages, one request at a time
-const changed = new Map(); // messages that an operator changed meanwhile, by number
+const changed = []; // messages that an operator changed meanwhile
 const pending = new Map(); // your items without a number, by nonce; they stand last
 
 // --- From an event to an item ---
@@ -248,7 +248,7 @@ export function forget(nonce) {
 // Return false if it is another message: then the database was replaced.
 export function update({ id, nonce, text }) {
   flush();
-  if (loading) changed.set(id, { id, nonce, text });
+  if (loading) changed.push({ id, nonce, text }); // its item may be on its way
   const item = messages.querySelector(`[data-id="${id}"]`);
   if (item && item.dataset.nonce !== nonce) return false;
   if (item) setText(item, text);
@@ -256,7 +256,7 @@ export function update({ id, nonce, text }) {
 }
 
 // --- The end of the list: following it, and what is new below ---
-function lookAtEnd() {
+function lookAtEnd() { // within 5 pixels: browsers round
   following = log.scrollHeight - log.scrollTop - log.clientHeight < 5;
   if (following) showUnseen(0);
 }
@@ -298,8 +298,7 @@ async function showOlder(click) {
   });
   loading = false;
   older.textContent = "Older messages";
-  changed.forEach(update);
-  changed.clear();
+  changed.splice(0).forEach(update);
 }
 
 async function loadOlder() {

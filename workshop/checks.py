@@ -16,7 +16,7 @@ from aiohttp import web
 
 from workshop import scenarios
 from workshop.copies import NOTHING_NEW, NotAttempted, Page
-from workshop.people import patience, quiet
+from workshop.people import as_sent, patience, quiet
 from workshop.scenarios import Lacking, Unable, heard, need, need_order
 from workshop.tiny import fresh, functions_of, is_ours, little, page, stall_in, step
 
@@ -175,8 +175,7 @@ async def echo(talk) -> None:
                 ann.heard[number - 1 :],
                 f"Frame {number} went in, and nothing came back.",
             )
-            back = ann.heard[number - 1]
-            back = back.get("raw", back)
+            back = as_sent(ann.heard[number - 1])
             need(back == event, f"The server sent {back!r} back, not {event}.")
 
 
@@ -214,7 +213,7 @@ async def broadcast(talk) -> None:
         need(
             len(bob.heard) == 1, f"Ann said one thing, and Bob heard {len(bob.heard)}."
         )
-        event = bob.heard[0].get("raw", bob.heard[0])
+        event = as_sent(bob.heard[0])
         right = isinstance(event, dict) and event.get("text") == "Anyone here?"
         need(right, f"Bob heard {event} instead of the event in the frame.")
         with contextlib.suppress(ConnectionError):  # has the handler ended?
@@ -265,15 +264,13 @@ async def names(talk) -> None:
         ann = await server.join("ann")
         await quiet(0.05)
         need(len(bob.heard) > before, "Ann came, and Bob heard nothing of it.")
-        joined = bob.heard[-1]
-        joined = joined.get("raw", joined)
+        joined = as_sent(bob.heard[-1])
         wanted = {"type": "joined", "user": "ann"}
         need(joined == wanted, f"Ann came, and Bob heard {joined} instead of {wanted}.")
         need_once(bob, "joined", "Ann came", besides={"bob"})
         await ann.send(type="message", text="Hi", nonce="n-1")
         await quiet(0.05)
-        said = bob.heard[-1]
-        said = said.get("raw", said)
+        said = as_sent(bob.heard[-1])
         right = isinstance(said, dict) and said.get("type") == "message"
         need(right, f"Ann said Hi, and Bob heard {said}.")
         need("user" in said, f"Bob heard {said}, which has no `user`: who wrote it?")
@@ -306,7 +303,7 @@ def need_once(person, kind: str, what: str, besides: set | tuple = ()) -> None:
     """Require that a person has heard of something once."""
     events = [e for e in person.heard if e.get("type") == kind]
     count = len([e for e in events if e.get("user") not in besides])
-    need(count < 2, f"{what}, and {person.name.capitalize()} heard it {count} times.")
+    need(count < 2, f"{what}, and {person.title} heard it {count} times.")
 
 
 # The ways to show `text`: as what is assigned, or as what is called with it.
@@ -362,7 +359,7 @@ async def history(talk) -> None:
         ann, bob = await server.join("ann"), await server.join("bob")
         await ann.send(type="message", text="one", nonce="n-1")
         await heard(ann, 1, seconds=1)
-        odd = ann.heard[-1].get("raw", ann.heard[-1])
+        odd = as_sent(ann.heard[-1])
         need(ann.messages(), f"Ann said one, and no message came, but {odd}.")
         one = ann.messages()[0]
         need(one.get("id") == 1, "The first message should have `id` 1.")
@@ -405,7 +402,7 @@ async def receipt(talk) -> None:
         await ann.send(type="message", text="Pay 100 to Bob.", nonce="n-1")
         await heard(bob, 1, 1)
         got = [event for event in ann.heard if event["type"] == "receipt"]
-        odd = [e.get("raw", e) for e in ann.heard if e["type"] not in USUAL]
+        odd = [as_sent(e) for e in ann.heard if e["type"] not in USUAL]
         odd = f" Ann heard {odd[0]!r}." if odd else ""
         need(got, f"Ann's message is stored, and no receipt came.{odd}")
         wanted = {"type": "receipt", "nonce": "n-1", "id": 1}
@@ -426,7 +423,7 @@ async def receipt(talk) -> None:
             await quiet(0.2)
         for person in ann, bob:
             own = [m["id"] for m in ann.messages() if m["text"] == person.name]
-            name, last = person.name.capitalize(), "`messages[-1]` is another one's"
+            name, last = person.title, "`messages[-1]` is another one's"
             need(own, f"{name}'s message was not broadcast: after an `await`, {last}.")
             number = own[0]
             got = [e["id"] for e in person.heard if e["type"] == "receipt"]

@@ -32,7 +32,7 @@ def need(condition, sentence: str) -> None:
 def need_order(person, count: int) -> None:
     """Require that a person has heard `count` messages in order, each of them once."""
     numbers = [event.get("id") for event in person.messages()]
-    who, wanted = person.name.capitalize(), list(range(1, count + 1))
+    who, wanted = person.title, list(range(1, count + 1))
     if numbers == wanted:
         return
     need(None not in numbers, f"A message that {who} heard has no `id`.")
