@@ -5,14 +5,14 @@
 
 On each machine, without a network:
 
-    python -m pip install --no-index --find-links wheels -r requirements.txt
+    python -m pip install --no-index --find-links wheels -r workshop/requirements.txt
 """
 
 import subprocess
 import sys
 from pathlib import Path
 
-REQUIREMENTS = Path(__file__).parent.with_name("requirements.txt")
+REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 VERSIONS = "3.11", "3.12", "3.13", "3.14"
 # pip finds another system's files, but it answers conditions like `os_name == "nt"` for
 # this machine. So what only one system, or only Python 3.11, needs is named here.
