@@ -5,8 +5,7 @@
 import { Connection, Outbox, isOver, keep, limit, recall } from "./connection.js";
 import * as log from "./log.js";
 
-const { find, room } = log;
-const { user } = room.dataset;
+const { find, user } = log;
 const box = find("text");
 // The other tabs of this browser. Without a channel, they find out from the server.
 const tabs = window.BroadcastChannel && new BroadcastChannel("chat");

@@ -5,8 +5,7 @@
 import { limit } from "./connection.js";
 
 export const find = (id) => document.getElementById(id);
-export const room = document.querySelector(".room");
-const { user } = room.dataset; // from an attribute: a translator may rewrite text
+export const { user } = document.querySelector(".room").dataset; // from an attribute: a translator may rewrite text
 const log = find("log");
 const messages = find("messages");
 const older = find("older");
@@ -56,7 +55,7 @@ function dress(item, text = item.querySelector("p").textContent) {
   else if (!p.closest("details")) {
     const details = make("details");
     p.replaceWith(details);
-    details.append(make("summary"), p);
+    details.append(make("summary", "Whole text"), p);
   }
 }
 
@@ -85,7 +84,8 @@ const authorOf = (item) => item.querySelector("strong").textContent;
 
 function showTime(item) {
   const element = item.querySelector("time");
-  element.textContent = timeOf(item).toLocaleTimeString([], { timeStyle: "short" });
+  const clock = timeOf(item).toLocaleTimeString([], { timeStyle: "short" });
+  if (element.textContent !== clock) element.textContent = clock; // or it would be spoken again
   element.title = timeOf(item).toLocaleString([], { dateStyle: "full", timeStyle: "medium" });
 }
 
@@ -282,8 +282,8 @@ async function showOlder(click) {
   loading = true;
   older.textContent = "Loading …";
   offerOlder();
-  const focused = document.activeElement === older;
   const items = await loadOlder().catch(() => null);
+  const focused = document.activeElement === older;
   if (items?.length) quietly(() => prepend(items));
   if (items?.length === 0) older.parentElement.hidden = true;
   if (!items?.length) find("older-note").textContent = items ? GONE : FAILED;

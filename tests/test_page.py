@@ -36,7 +36,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 fixture = pytest_asyncio.fixture(loop_scope="session")
 
 ONLINE = "document.querySelector('#status[data-status=online]') !== null"
-TEXTS = "[...document.querySelectorAll('#messages [data-id] p')].map(p => p.textContent)"
+TEXTS = (
+    "[...document.querySelectorAll('#messages [data-id] p')].map(p => p.textContent)"
+)
 FOCUS = "document.activeElement.id"
 AT_END = "Math.abs(log.scrollTop) < 5"
 
@@ -230,8 +232,16 @@ async def hurry(window, **seconds):
 
 async def read_above(window, number):
     """Scroll a message to the top of the log, and wait until the page has noticed."""
-    await window.run(f"document.querySelector('[data-id=\"{number}\"]').scrollIntoView()")
+    await window.run(
+        f"document.querySelector('[data-id=\"{number}\"]').scrollIntoView()"
+    )
     await asyncio.sleep(0.1)
+
+
+async def frames(window):
+    """Wait until the page has drawn what it has: scrolling is noticed then."""
+    frame = "requestAnimationFrame(() => requestAnimationFrame(() => done(null)))"
+    await window.run(f"new Promise(done => {frame})")
 
 
 async def top(window, number):
@@ -278,7 +288,9 @@ async def open_page(chromium):
         if script:
             page.script = script
             await page.page.route_web_socket("**/ws*", script.accept)
-        await enter(page, url, name if options.get("java_script_enabled", True) else None)
+        await enter(
+            page, url, name if options.get("java_script_enabled", True) else None
+        )
         if name and not (script and script.is_away) and "/?" not in url:
             await page.wait(ONLINE)
         return page
@@ -305,7 +317,7 @@ def watch(page):
     page.on("pageerror", lambda error: window.errors.append(str(error)))
     page.on("console", note)
     page.on("load", count)
-    page.on("websocket", window.sockets.append)
+    page.on("websocket", lambda socket: window.sockets.append(socket))
     return window
 
 
@@ -439,7 +451,9 @@ async def test_enter_of_an_input_method_sends_nothing(room, open_window):
     ann = await open_window(room.url, "ann")
     await ann.fill("#text", "にほん")
     for how in "isComposing: true", "keyCode: 229":
-        event = f"new KeyboardEvent('keydown', {{ key: 'Enter', bubbles: true, {how} }})"
+        event = (
+            f"new KeyboardEvent('keydown', {{ key: 'Enter', bubbles: true, {how} }})"
+        )
         await ann.run(f"document.getElementById('text').dispatchEvent({event})")
     assert await value(ann) == "にほん"
     await ann.type("\n")
@@ -455,7 +469,11 @@ async def test_sign_up_errors_stand_beside_their_fields(room, open_window):
         await ann.fill(f"#{name}", text)
     await ann.click("main button")
     await ann.wait("document.querySelector('[aria-invalid]') !== null")
-    sentences = {"login": "3 to 32", "password": "8 to 128", "password2": "not the same"}
+    sentences = {
+        "login": "3 to 32",
+        "password": "8 to 128",
+        "password2": "not the same",
+    }
     for name, sentence in sentences.items():
         field = f"document.getElementById('{name}')"
         note = f"document.getElementById({field}.getAttribute('aria-describedby'))"
@@ -506,7 +524,9 @@ async def test_web_addresses_are_links(room, open_window):
     await room.post(*ADDRESSES)
     await ann.wait(f"{TEXTS}.length === {len(ADDRESSES)}")
     rest = ["noopener noreferrer nofollow", "_blank"]
-    expected = [[text, [[a, *rest] for a in found]] for text, found in ADDRESSES.items()]
+    expected = [
+        [text, [[a, *rest] for a in found]] for text, found in ADDRESSES.items()
+    ]
     assert await ann.run(links) == expected
     await ann.open(room.url)
     await ann.wait("document.querySelector('#messages a') !== null")
@@ -602,7 +622,9 @@ async def test_what_you_read_stays_where_it_is(room, open_window):
     place = await top(ann, 60)
     await ann.resize(width=400)
     assert await unmoved(60)
-    await ann.run("void document.documentElement.style.setProperty('font-size', '1.2em')")
+    await ann.run(
+        "void document.documentElement.style.setProperty('font-size', '1.2em')"
+    )
     assert await unmoved(60)
 
 
@@ -758,3 +780,998 @@ async def test_the_page_works_at_an_address_of_ipv6(serve, open_window):
     ann = await open_window(room.url, "ann")
     await write(ann, "hello")
     await shown(ann, "hello")
+
+
+# --- Alive ---
+async def test_a_silent_connection_is_noticed_though_nothing_is_sent(
+    room, proxy, open_page
+):
+    between = await proxy(room.port)
+    ann = await open_page(between.url, "ann")
+    between.go_silent()
+    await hurry(ann, silence=0.5, answer=0.5)
+    await told(ann, "#status", "offline")
+    assert await count(ann, "#online li") == 0
+    await told(ann, "#reason", "does not answer")
+    between.silent = False
+    await ann.wait(ONLINE)
+    assert await ann.run("document.getElementById('reason').textContent") == ""
+
+
+async def test_waking_up_looks_at_the_clock_at_once(room, proxy, open_page):
+    """A laptop that slept for an hour: its timers stood still, its clock did not."""
+    between = await proxy(room.port)
+    ann = await open_page(between.url, "ann")
+    between.go_silent()
+    later = "(now => Date.now = () => now + 3_600_000)(Date.now())"
+    event = "document.dispatchEvent(new Event('visibilitychange'))"
+    await ann.run(f"void ({later}, {event})")
+    assert await ann.page.inner_text("#status") == "connecting"
+
+
+async def test_a_late_close_of_an_old_socket_changes_nothing(room, open_page):
+    """A browser takes up to a minute to close a dead socket."""
+    slow = """window.WebSocket = class extends WebSocket {
+        constructor(...all) { super(...all); (window.sockets ??= []).push(this); }
+        close() { window.late = () => this.onclose?.({ code: 1006 }); }
+    };"""
+    ann = await open_page(room.url, "ann", before=slow)
+    await hurry(ann, silence=0.1)
+    await ann.wait("sockets.length > 1")
+    await hurry(ann, silence=45)
+    await ann.wait(ONLINE)
+    await ann.run("late()")
+    assert await ann.run(ONLINE)
+
+
+PAUSES = """((setTimeout) => {
+    window.pauses = [];
+    window.setTimeout = (work, pause) => {
+        if (!String(work).includes("connect")) return setTimeout(work, pause);
+        window.pauses.push(pause);
+        return setTimeout(work, 0);
+    };
+})(window.setTimeout);"""
+
+
+@pytest.mark.parametrize("code, longest", [(1001, 750), (1011, 4_500)])
+async def test_pauses_grow_to_less_than_five_seconds(room, open_page, code, longest):
+    """It welcomes and hangs up again and again: 1001 is what a restart looks like."""
+    script = Script()
+    ann = await open_page(room.url, "ann", script, before=PAUSES)
+    for number in range(9):
+        await until(lambda number=number: len(script.ends) == number + 1)
+        await ann.wait(ONLINE)
+        await script.ends[-1].close(code=code)
+        await ann.wait(f"pauses.length === {number + 1}")
+    assert longest / 3 <= await ann.run("pauses.at(-1)") <= longest
+
+
+# --- Nothing without a limit ---
+async def test_two_processes_of_which_one_is_held_back(
+    start, mongodb, proxy, open_page
+):
+    """The page comes back to a process that stands still for 10 s, then is behind."""
+    environment = on_mongodb(mongodb)
+    ahead = start(**environment).wait_until_ready()
+    behind = start(**environment).wait_until_ready()
+    between = await proxy(ahead.port)
+    ann = await open_page(between.url, "ann")
+    bob = await open_page(f"{ahead.url}/", "bob")
+    await write(ann, "before")
+    await shown(ann, "before")
+    freeze(behind.process)
+    expected = ["before"] + [f"while it stands {number}" for number in range(5)]
+    await write(bob, *expected[1:])
+    await shown(ann, expected[-1])
+    between.target = behind.port
+    between.cut_all()
+    await write(ann, "typed meanwhile")
+    await asyncio.sleep(10)
+    await write(bob, "still ahead")
+    await shown(bob, "still ahead")
+    behind.process.send_signal(signal.SIGCONT)
+    await shown(ann, "typed meanwhile")
+    await shown(ann, "still ahead")
+    await write(bob, "after it all")
+    for page in ann, bob:
+        await shown(page, "after it all")
+    expected += ["still ahead", "typed meanwhile", "after it all"]
+    assert await texts(ann) == await texts(bob) == expected
+    assert ann.loads == 1
+
+
+async def test_a_process_that_catches_up_makes_no_page_reload(room, open_page):
+    await room.post_many(3)
+    ann = await open_page(room.url, "ann", script := Script(last=1))
+    script.heartbeat(2)
+    for number in range(2, 5):  # what it is behind with; the page knows 2 and 3
+        known = room.room.history.events.get(number, {})
+        script.message(number, nonce=known.get("nonce"))
+    script.heartbeat(4, 4)
+    await shown(ann, "text 4")
+    assert await texts(ann) == [f"text {number}" for number in range(1, 5)]
+    assert ann.loads == 1
+
+
+async def test_another_history_reloads_the_page_once_a_minute_at_most(room, open_page):
+    """The server insists on fewer messages than the page has seen."""
+    await room.post_many(3)
+    ann = await open_page(room.url, "ann", script := Script(last=1))
+    script.heartbeat(1)
+    await asyncio.sleep(0.2)
+    assert ann.loads == 1
+    script.heartbeat(1)
+    await until(lambda: ann.loads == 2 and len(script.ends) == 2)
+    await ann.wait(ONLINE)
+    script.heartbeat(1, 1, 1, 1, 1)
+    script.message(9)  # a gap, which also wants a reload
+    await shown(ann, "text 9")
+    await asyncio.sleep(0.5)
+    assert ann.loads == 2
+
+
+@pytest.mark.parametrize("number", [9, 2])
+async def test_a_gap_and_a_replaced_message_reload_the_page(room, open_page, number):
+    """A number too far; a number that was another message."""
+    await room.post_many(3)
+    ann = await open_page(room.url, "ann", script := Script(last=3))
+    script.message(number, nonce="another")
+    await until(lambda: ann.loads == 2)
+
+
+async def test_a_page_without_a_server_does_not_reload_until_there_is_one(
+    room, open_page
+):
+    """Otherwise the browser's error page would take the place of the chat."""
+    ann = await open_page(room.url, "ann", script := Script())
+    await ann.run("void (sessionStorage.left = Date.now())")  # it reloaded just now
+    script.message(9)
+    script.is_away = True
+    await script.ends[-1].close()
+    await hurry(ann, reload=0.2)
+    await asyncio.sleep(2)
+    assert ann.loads == 1
+    script.is_away = False
+    script.send(script.welcome)
+    await until(lambda: ann.loads == 2)
+
+
+NO_STORAGE = """Object.defineProperty(window, "sessionStorage", {
+    get() { throw new DOMException("refused", "SecurityError"); },
+});"""
+FULL_STORAGE = """Storage.prototype.setItem = () => {
+    throw new DOMException("full", "QuotaExceededError");
+};"""
+
+
+async def test_a_page_without_storage_waits_before_it_reloads(room, open_page):
+    """It cannot remember when it last did. So it waits until it is a minute old."""
+    ann = await open_page(room.url, "ann", script := Script(), NO_STORAGE)
+    script.message(9)
+    await shown(ann, "text 9")
+    script.heartbeat(9)
+    await asyncio.sleep(0.5)
+    assert ann.loads == 1
+    await hurry(ann, reload=0.5)
+    await until(lambda: script.heartbeat(9) or ann.loads == 2)
+
+
+async def test_a_page_without_storage_does_not_reload_over_your_text(room, open_page):
+    ann = await open_page(room.url, "ann", script := Script(), FULL_STORAGE)
+    await hurry(ann, reload=0.1)
+    asked = []
+    ann.page.on("dialog", lambda dialog: asked.append(dialog))
+    await ann.fill("#text", "half a sen")
+    script.message(9)  # a gap
+    script.heartbeat(9, 9, 9)
+    await asyncio.sleep(0.5)
+    assert (ann.loads, await value(ann)) == (1, "half a sen")
+    back = "dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))"
+    await ann.run(f"void setTimeout(() => {back})")
+    await until(lambda: asked)
+    await asked[0].dismiss()
+    assert await value(ann) == "half a sen"
+    await ann.page.fill("#text", "")
+    await hurry(ann, answer=0.1)
+    await until(lambda: script.heartbeat(9) or ann.loads == 2)
+
+
+async def test_a_reload_that_is_stopped_leaves_a_page_that_works(room, open_page):
+    ann = await open_page(room.url, "ann", script := Script())
+    await hurry(ann, answer=1)
+    asked = []
+    await ann.page.route(room.url, lambda route: asked.append(route))  # no answer
+    stop = "setTimeout(() => { window.stop(); document.title = 'stopped'; }, 300)"
+    await ann.run(f"addEventListener('beforeunload', () => {stop}, {{ once: true }})")
+    script.message(9)  # a gap
+    await ann.wait("document.title === 'stopped'")
+    assert len(asked) == 1
+    await write(ann, "still here")
+    await script.sent(1)
+    assert await ann.run(ONLINE)
+    script.receipt(10)
+    await ann.page.unroute(room.url)
+    await hurry(ann, reload=0.2)
+    await until(lambda: script.heartbeat(9) or ann.loads == 2)  # it tries again
+
+
+async def test_an_event_that_the_page_does_not_know_is_an_error(room, open_page):
+    ann = await open_page(room.url, "ann", script := Script())
+    script.send({"type": "from the future"})
+    script.message(1)
+    await shown(ann, "text 1")
+    assert ann.errors == ["unknown event from the future"]
+    ann.errors.clear()
+
+
+# --- Who is speaking ---
+async def test_a_page_never_sends_under_the_name_of_another_user(
+    room, proxy, open_page
+):
+    """Bob signs in in Ann's browser while her page is cut off."""
+    between = await proxy(room.port)
+    ann = await open_page(between.url, "ann")
+    bob = await open_page(between.url, "bob")
+    cookies = [await each.page.context.cookies() for each in (ann, bob)]
+    between.go_silent()
+    await hurry(ann, answer=0.5, retry=0.2)
+    await write(ann, "typed by ann")
+    await ann.fill("#text", "half a sen")
+    await told(ann, "#status", "offline")
+    await ann.page.context.add_cookies(cookies[1])
+    between.silent = False
+    between.cut_all()  # the browser must not load a page over a line that is dead
+    await ann.page.wait_for_selector(".room[data-user=bob] [data-status=online]")
+    assert (await count(ann, ".pending"), await value(ann)) == (0, "")
+    await write(ann, "typed by bob")
+    await shown(ann, "typed by bob")
+    await ann.page.context.add_cookies(cookies[0])
+    await ann.page.reload()
+    await shown(ann, "typed by ann")
+    assert await value(ann) == "half a sen"
+    names = await ann.page.locator("[data-id] strong").all_text_contents()
+    assert names == ["bob", "ann"]
+
+
+@pytest.mark.parametrize("path", ["", "?before=9"], ids=["chat", "older messages"])
+async def test_signing_out_takes_the_other_tabs_to_the_sign_in(room, open_page, path):
+    """From whichever page: the one of older messages has no script."""
+    ann = await open_page(room.url, "ann")
+    other = await second_tab(ann, room.url + path)
+    await other.click("#signout button")
+    await other.wait("location.pathname === '/login'")
+    await ann.wait("location.href.endsWith('/login?why=ended')")
+    assert "session has ended" in await ann.page.inner_text("[role=status]")
+
+
+async def test_an_end_of_the_connection_is_no_end_of_the_session(room, open_page):
+    """1001 means: connect again. Only our 401 leads to the sign-in."""
+    ann = await open_page(room.url, "ann")
+    await room.close_all()
+    await until(lambda: len(ann.sockets) == 1)
+    await ann.wait(ONLINE)
+    await ann.page.context.clear_cookies()
+    await room.close_all()
+    await ann.page.wait_for_url("**/login?why=ended")
+
+
+async def test_a_deleted_account_finds_itself_at_the_sign_in(room, open_page):
+    ann = await open_page(room.url, "ann")
+    [connection] = room.room.connections
+    await chat.User(room.db).delete(connection.user["_id"])
+    await ann.page.wait_for_url("**/login?why=ended")
+    assert "the account is gone" in await ann.page.inner_text("[role=status]")
+
+
+async def test_signing_in_again_in_another_tab_is_noticed_at_once(room, open_page):
+    """The page has just reloaded, so it waits with the sign-in, and says why."""
+    ann = await open_page(room.url, "ann")
+    await ann.run("void (sessionStorage.left = Date.now())")
+    cookies = await ann.page.context.cookies()
+    await ann.page.context.clear_cookies()
+    await hurry(ann, retry=1_000)
+    await room.close_all()
+    await told(ann, "#reason", "session has ended")
+    await ann.page.context.add_cookies(cookies)
+    await second_tab(ann, room.url)
+    await ann.wait(ONLINE)
+    assert await ann.page.inner_text("#reason") == ""
+    assert ann.loads == 1  # the page is whole, so it stays
+
+
+# --- The outbox ---
+@pytest.mark.parametrize("storage", [NO_STORAGE, FULL_STORAGE], ids=["refused", "full"])
+async def test_the_outbox_works_without_storage(room, open_page, storage):
+    ann = await open_page(room.url, "ann", before=storage)
+    await write(ann, "one", "two")
+    await shown(ann, "two")
+    assert await texts(ann) == ["one", "two"]
+
+
+async def test_after_a_restart_in_memory_the_unsent_text_outlives_the_login(
+    start, open_page
+):
+    """The account is gone with the process; what was typed stays in the tab."""
+    port = str(unused_port())
+    process = start(PORT=port).wait_until_ready()
+    url = f"{process.url}/"
+    ann = await open_page(url, "ann")
+    process.process.kill()
+    await told(ann, "#status", "offline")
+    await write(ann, "sent while away")
+    await ann.fill("#text", "half a sen")
+    start(PORT=port).wait_until_ready()
+    await ann.page.wait_for_url("**/login?why=ended")
+    await enter(ann, url, "ann")
+    await shown(ann, "sent while away")
+    assert await texts(ann) == ["sent while away"]
+    assert await value(ann) == "half a sen"
+
+
+async def send_in_vain(ann, text):
+    """Send a message that the server cannot save."""
+    await write(ann, text)
+    event = {"type": "error", "code": "not_saved", "text": "The page keeps trying."}
+    ann.script.send(event | {"nonce": (await ann.script.sent(1))["nonce"]})
+    await told(ann, "#reason", event["text"])
+
+
+async def test_a_message_that_was_not_saved_is_sent_again(room, open_page):
+    ann = await open_page(room.url, "ann", script := Script())
+    await send_in_vain(ann, "not yet")
+    assert await script.sent(2) == script.received[0]
+    assert await count(ann, ".pending") == 1
+    script.receipt(1)
+    await ann.wait("document.getElementById('reason').textContent === ''")
+    script.own(1)
+    await shown(ann, "not yet")
+    assert await count(ann, ".pending") == 0
+
+
+async def test_a_message_that_was_saved_after_all_is_not_tried_again(room, open_page):
+    """The server's deadline passed, and the write succeeded: its broadcast comes."""
+    ann = await open_page(room.url, "ann", script := Script())
+    await send_in_vain(ann, "saved")
+    script.own(1)
+    await ann.wait("document.getElementById('reason').textContent === ''")
+    await asyncio.sleep(2.5)
+    assert len(script.received) == 1
+
+
+async def test_one_message_at_a_time_waits_for_its_receipt(room, open_page):
+    """The receipt comes after the message, before it, or for a repeated message."""
+    ann = await open_page(room.url, "ann", script := Script())
+    await write(ann, "one", "two", "three")
+    await asyncio.sleep(0.2)
+    assert (await script.sent(1))["text"] == "one"
+    script.own(1)
+    await shown(ann, "one")
+    assert len(script.received) == 1
+    script.receipt(1)
+    await script.sent(2)
+    script.receipt(2)
+    await script.sent(3)
+    assert await count(ann, ".pending") == 2
+    script.own(2, position=1)
+    script.receipt(1)
+    await ann.wait("document.querySelector('.pending') === null")
+    assert await texts(ann) == ["one", "two"]
+
+
+async def test_the_sender_sees_the_text_that_the_server_stored(room, open_page):
+    """A server may have commands: it stores "/me waves" as something else."""
+    ann = await open_page(room.url, "ann", script := Script())
+    await write(ann, "/me waves")
+    await script.sent(1)
+    script.own(1, text="* ann waves")
+    await shown(ann, "* ann waves")
+    assert await texts(ann) == ["* ann waves"]
+
+
+@pytest.mark.parametrize("has_nonce", [True, False])
+async def test_a_refused_message_comes_back_and_the_next_one_goes(
+    room, open_page, has_nonce
+):
+    ann = await open_page(room.url, "ann", script := Script())
+    await write(ann, "refused", "the next")
+    await ann.fill("#text", "half a sen")
+    await ann.page.press("#text", "ArrowLeft")
+    error = {"type": "error", "code": "bad_event", "text": "Not this."}
+    nonce = {"nonce": (await script.sent(1))["nonce"]} if has_nonce else {}
+    script.send(error | nonce)
+    assert (await script.sent(2))["text"] == "the next"
+    assert await value(ann) == "refused\nhalf a sen"
+    assert await count(ann, ".pending") == 1
+    script.receipt(1)
+    script.own(1)
+    await shown(ann, "the next")
+    assert await ann.page.inner_text("#problem") == "Not this."
+    box = "document.getElementById('text')"
+    assert await ann.run(f"{box}.value[{box}.selectionStart]") == "n"
+    await ann.page.reload()
+    assert await value(ann) == "refused\nhalf a sen"
+
+
+async def test_a_frame_too_big_for_the_server_comes_back(room, open_page):
+    ann = await open_page(room.url, "ann", script := Script())
+    await write(ann, "too big", "the next")
+    await script.sent(1)
+    await script.ends[0].close(code=1009)
+    assert (await script.sent(2))["text"] == "the next"
+    assert await value(ann) == "too big"
+    assert "too long" in await ann.page.inner_text("#problem")
+    await ann.type("!")
+    assert await value(ann) == "too big!"
+
+
+async def test_a_message_too_long_or_blank_stays_in_the_box(serve, open_page):
+    """Spaces of no width: the page takes them for text, the server does not."""
+    room = await serve(MAX_MESSAGE_LENGTH=10)
+    ann = await open_page(room.url, "ann")
+    for text, problem in {"eleven, no?": "at most 10", "\u200b" * 3: " "}.items():
+        await write(ann, text)
+        await told(ann, "#problem", problem)
+        assert (await value(ann), await count(ann, ".pending")) == (text, 0)
+    await write(ann, "😀" * 10)
+    await shown(ann, "😀" * 10)
+
+
+async def test_a_user_who_types_too_fast_loses_nothing(serve, open_page):
+    room = await serve(MESSAGE_BURST=2, MESSAGES_PER_SECOND=10)
+    ann = await open_page(room.url, "ann")
+    expected = [f"message {number}" for number in range(6)]
+    await write(ann, *expected)
+    await shown(ann, expected[-1])
+    assert await texts(ann) == expected
+
+
+async def test_before_its_scripts_run_the_page_takes_no_text(room, open_page):
+    """It would be lost: to the draft that is kept, or as a form sent to nowhere."""
+    ann = await open_page(room.url, "ann")
+    await ann.fill("#text", "half a sen")
+    asked, go_on = await hold_answers(ann, "**/log.js")
+    await ann.page.reload(wait_until="commit")
+    await asked.wait()
+    await ann.page.focus("#text")
+    await ann.type("lost")
+    assert await value(ann) == ""
+    go_on.set()
+    await ann.wait(ONLINE)
+    await ann.type("tence")
+    assert await value(ann) == "half a sentence"
+
+
+async def test_a_tab_with_unsent_messages_asks_before_it_closes(room, open_page):
+    ann = await open_page(room.url, "ann", script := Script())
+    asked = []
+
+    async def stay(dialog):
+        asked.append(dialog.type)
+        await dialog.dismiss()
+
+    ann.page.on("dialog", stay)
+    await write(ann, "unsent")
+    await script.sent(1)
+    await ann.page.close(run_before_unload=True)
+    await until(lambda: asked == ["beforeunload"])
+    script.message(9)  # a gap: the page's own reload asks nothing
+    await until(lambda: ann.loads == 2)
+    assert asked == ["beforeunload"]
+
+
+# --- Flat ---
+async def test_a_thousand_missed_messages_cost_one_layout(room, proxy, open_page):
+    """Added in one task, they are laid out together, and spoken by no screen reader."""
+    between = await proxy(room.port)
+    ann = await open_page(between.url, "ann")
+    await ann.run("""void (window.batches = [], new MutationObserver((changes) => {
+        const added = changes.flatMap((c) => [...c.addedNodes]).filter((e) => e.dataset?.id);
+        if (added.length) batches.push([added.length, log.ariaBusy]);
+    }).observe(document.getElementById("messages"), { childList: true }))""")
+    between.go_silent()
+    between.cut_all()
+    await ann.wait(f"!({ONLINE})")
+    await room.post_many(1_000)
+    between.silent = False
+    await shown(ann, "text 1000")
+    [[size, busy]] = await ann.run("batches")
+    assert (busy, ann.loads) == ("true", 1)
+    newest = [f"text {number}" for number in range(701, 1_001)]
+    assert 300 <= size and (await texts(ann))[-300:] == newest
+
+
+async def test_the_log_stays_flat_and_the_rest_is_behind_older_messages(
+    room, open_page
+):
+    """The newest 300 lines stay, and up to 50 more until they are removed together."""
+    await room.post_many(420)
+    ann = await open_page(room.url, "ann", script := Script(last=420))
+    for number in range(421, 1_421):
+        script.message(number)
+    await shown(ann, "text 1420")
+    assert await count(ann, "#messages > li") < 352
+    first = await ann.page.get_attribute("#messages [data-id]", "data-id")
+    assert (await ann.page.get_attribute("#older", "href")).endswith(f"?before={first}")
+    assert await ann.run(
+        "document.querySelector('#messages > .day:first-child') !== null"
+    )
+
+
+@pytest.mark.parametrize("hidden", ["false", "true"])
+async def test_while_you_read_above_the_log_stays_flat_too(room, open_page, hidden):
+    """You read above, or you have left it there for the night."""
+    ann = await open_page(room.url, "ann", script := Script())
+    for number in range(1, 51):
+        script.message(number)
+    await shown(ann, "text 50")
+    await read_above(ann, 9)
+    place = await top(ann, 9)
+    hide = f"Object.defineProperty(document, 'hidden', {{ value: {hidden} }})"
+    await ann.run(f"void {hide}")
+    for number in range(51, 5_051):
+        script.message(number)
+    await told(ann, "#new", "5000 new messages")
+    assert await ann.page.title() == "(5000) Chat"
+    assert await count(ann, "#messages > li") < 700
+    assert abs(await top(ann, 9) - place) <= 1
+    script.message(5_050, text="changed", nonce="nonce 5050")
+    await ann.click("#new")
+    await shown(ann, "changed")
+    assert (await texts(ann))[-300:-1] == [f"text {n}" for n in range(4_751, 5_050)]
+    assert await ann.run(AT_END)
+
+
+async def test_two_thousand_people_cost_one_item_each(room, open_page):
+    names = [f"user{number:04}" for number in range(2_000)]
+    script = Script(online=["ann", *names])
+    ann = await open_page(room.url, "ann", script)
+    await ann.run("""void (window.changes = [],
+        new MutationObserver((all) => changes.push(...all)).observe(
+            document.getElementById("online"), { childList: true, subtree: true }))""")
+    for change in ("joined", "newcomer"), ("left", "user0999"), ("joined", "ann"):
+        script.send(dict(zip(("type", "user"), change, strict=True)))
+    await ann.wait("changes.length === 2")
+    expected = ["ann", "newcomer", *(name for name in names if name != "user0999")]
+    assert await ann.page.locator("#online li").all_text_contents() == expected
+    assert await ann.page.inner_text("#count") == "2001"
+
+
+async def test_joins_and_leaves_that_follow_each_other_share_one_line(room, open_page):
+    ann = await open_page(room.url, "ann", script := Script())
+    for number in range(1_000):
+        script.send({"type": "joined", "user": f"user{number:03}"})
+    script.send({"type": "left", "user": "user007"})
+    line = "996 others came or left · user997 joined · user998 joined · user999 joined"
+    await told(ann, "#messages .notice", f"{line} · user007 left")
+    assert await count(ann, "#messages .notice") == 1
+    script.message(1)
+    script.send({"type": "joined", "user": "user007"})
+    await told(ann, "[data-id='1'] + .notice", "user007 joined")
+
+
+async def test_scrolling_back_and_coming_back_to_the_end(room, open_page):
+    await room.post_many(420)
+    ann = await open_page(room.url, "ann")
+    await read_above(ann, 371)
+    await ann.run("(older.click(), older.click())")  # one at a time
+    await shown(ann, "text 321")
+    for first in 271, 221, 171, 121, 71, 21, 1:
+        await ann.page.click("#older")
+        await shown(ann, f"text {first}")
+    assert await texts(ann) == [f"text {n}" for n in range(1, 421)]
+    assert not await ann.page.is_visible("#older")
+    assert await count(ann, ".day") == 1
+    await ann.run("void (log.scrollTop = 0)")
+    await asyncio.sleep(0.1)
+    await room.post("text 421")
+    await ann.wait("messages.children.length <= 302")  # with a day and a notice
+    first = int(await ann.page.get_attribute("#messages [data-id]", "data-id"))
+    await ann.page.click("#older")
+    await shown(ann, f"text {first - 50}")
+    assert await texts(ann) == [f"text {n}" for n in range(first - 50, 422)]
+
+
+async def test_while_older_messages_load_you_go_on(room, open_page):
+    """You type, and an operator takes a message back that is on its way."""
+    await room.post_many(60)
+    ann = await open_page(room.url, "ann")
+    asked, go_on = await hold_answers(ann, "**/?before=*")
+    await ann.page.click("#older")
+    await asked.wait()
+    assert await ann.page.inner_text("#older") == "Loading …"
+    await ann.page.click("#text")
+    await ann.type("hel")
+    await room.blank(5)
+    await room.blank(60)
+    await ann.wait("document.querySelector('.removed') !== null")
+    go_on.set()
+    await shown(ann, "text 1")
+    await ann.type("lo")
+    assert await value(ann) == "hello"
+    assert "text 5" not in await texts(ann)
+
+
+async def test_older_messages_open_in_a_tab_of_their_own(room, open_page):
+    await room.post_many(60)
+    ann = await open_page(room.url, "ann")
+    async with ann.page.context.expect_page() as opened:
+        await ann.page.click("#older", modifiers=["Control"])
+    await (await opened.value).wait_for_url("**/?before=11")
+    assert len(await texts(ann)) == 50
+
+
+async def test_older_messages_that_are_not_kept_are_a_sentence(room, open_page):
+    """In memory the chat keeps about a thousand: the page knows of more."""
+    await room.post_many(60)
+    ann = await open_page(room.url, "ann")
+    await room.db.messages.delete_many({})
+    await ann.wait("log.ariaBusy === 'false'")
+    await ann.page.click("#older")
+    await told(ann, "#older-note", "not kept")
+    assert await ann.run("log.ariaBusy") == "false"  # or the sentence is not spoken
+    assert not await ann.page.is_visible("#older")
+    assert await ann.run(FOCUS) == "log"
+    await ann.run("void (log.scrollTop = 0)")
+    await room.post_many(400)
+    await shown(ann, "text 400")
+    assert await ann.page.is_visible("#older")  # these are kept
+    assert await ann.page.inner_text("#older-note") == ""
+
+
+async def test_older_messages_that_do_not_come_are_a_sentence(room, open_page):
+    await room.post_many(60)
+    ann = await open_page(room.url, "ann")
+    await ann.page.route("**/?before=*", lambda route: route.abort())
+    await ann.page.click("#older")
+    await told(ann, "#older-note", "could not be loaded")
+    await ann.page.unroute("**/?before=*")
+    await ann.page.click("#older")
+    await shown(ann, "text 1")
+    assert await ann.page.inner_text("#older-note") == ""
+
+
+# --- What people expect ---
+async def test_a_reader_who_scrolled_up_is_told_of_new_messages(room, open_page):
+    """A touchpad moves by a few pixels, and a message comes after each move."""
+    await room.post_many(50)
+    ann = await open_page(room.url, "ann")
+    await ann.wait(AT_END)
+    await room.post("followed")
+    await shown(ann, "followed")
+    assert await ann.run(AT_END)
+    assert not await ann.page.is_visible("#new")
+    for number in range(4):
+        await ann.run("void (log.scrollTop -= 9)")
+        await frames(ann)
+        await room.post(f"news {number}")
+        await shown(ann, f"news {number}")
+    assert await ann.page.inner_text("#new") == "4 new messages"
+    await ann.page.click("#new")
+    assert await ann.run(AT_END)
+    assert not await ann.page.is_visible("#new")
+
+
+async def test_a_message_keeps_its_day_and_a_group_its_name(room, open_page):
+    """Also when you travel: all times are told again, and agree with their tooltips."""
+    await room.post_many(1)
+    ann = await open_page(room.url, "ann", script := Script(last=1), locale="en-US")
+    client = await ann.page.context.new_cdp_session(ann.page)
+    await client.send("Emulation.setTimezoneOverride", {"timezoneId": "UTC"})
+    for number, clock in enumerate(["10:00:00", "10:04:00", "10:10:00", "23:30:00"], 2):
+        script.message(number, time=clock)
+    script.message(6, time="23:31:00", user="carl")
+    await shown(ann, "text 6")
+    names = (
+        "[...document.querySelectorAll('#messages strong')].map(e => e.offsetWidth > 9)"
+    )
+    assert await ann.run(names) == [True, True, False, True, True, True]
+    lines = (
+        "[...document.querySelectorAll('.day, time')].map(e => e.innerText).slice(2)"
+    )
+    clocks = ["Friday, January 2, 2026", "10:00 AM", "10:04 AM", "10:10 AM", "11:30 PM"]
+    shown_lines = await ann.run(lines)
+    assert [line.replace("\u202f", " ") for line in shown_lines] == [
+        *clocks,
+        "11:31 PM",
+    ]
+    await client.send("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Tokyo"})
+    script.message(7, time="23:32:00", user="carl")
+    await shown(ann, "text 7")
+    assert [line.replace("\u202f", " ") for line in await ann.run(lines)] == [
+        *["Friday, January 2, 2026", "7:00 PM", "7:04 PM", "7:10 PM"],
+        *["Saturday, January 3, 2026", "8:30 AM", "8:31 AM", "8:32 AM"],
+    ]
+    agree = "[...document.querySelectorAll('time')].every(e => e.title.includes("
+    assert await ann.run(agree + "e.innerText.slice(0, -3)))")
+
+
+async def test_a_removed_message_says_so(room, open_page):
+    """An operator blanks it: on an open page, in the history, and for a newcomer."""
+    await room.post("fine", "to be removed", "tall\n" * 30)
+    ann = await open_page(room.url, "ann")
+    await room.blank(2)
+    await room.blank(3)
+    removed = "This message was removed."
+    await ann.wait("document.querySelectorAll('.removed').length === 2")
+    assert await texts(ann) == ["fine", removed, removed]
+    assert await count(ann, "details") == 0
+    await ann.page.reload()
+    await ann.wait(ONLINE)
+    assert await texts(ann) == ["fine", removed, removed]
+    assert await count(ann, ".removed") == 2
+
+
+async def test_unread_messages_are_counted_in_the_title(room, open_page):
+    ann = await open_page(room.url, "ann")
+    hide = "Object.defineProperty(document, 'hidden', { value: true, writable: true })"
+    await ann.run(f"void {hide}")
+    for name in "bob", "bob", "ann":  # one's own are not news
+        await room.post("hello", name=name)
+    await ann.wait(f"{TEXTS}.length === 3")
+    assert await ann.page.title() == "(2) Chat"
+    event = "document.dispatchEvent(new Event('visibilitychange'))"
+    await ann.run(f"(document.hidden = false, {event})")
+    assert await ann.page.title() == "Chat"
+
+
+async def test_an_empty_room_says_so(room, open_page):
+    ann = await open_page(room.url, "ann")
+    assert await ann.page.is_visible("text=No messages yet")
+    await write(ann, "first")
+    await shown(ann, "first")
+    assert not await ann.page.is_visible("text=No messages yet")
+
+
+async def test_marks_stay_inside_their_item(room, open_page):
+    await room.post("above")
+    ann = await open_page(room.url, "ann")
+    await told(ann, "#messages", "ann joined")
+    above = ann.page.locator("[data-id='1'] p")
+    before = await above.screenshot()
+    await room.post("Z" + "\u0301" * 200)
+    await ann.wait(f"{TEXTS}.length === 2")
+    assert await above.screenshot() == before
+
+
+async def test_printing_shows_all_that_is_loaded(room, open_page):
+    await room.post_many(49)
+    await room.post("tall\n" * 40)
+    ann = await open_page(room.url, "ann")
+    await ann.page.emulate_media(media="print")
+    assert await ann.run("log.scrollHeight === log.clientHeight")
+    first = await ann.page.locator("[data-id='1']").bounding_box()
+    last = await ann.page.locator("[data-id='50']").bounding_box()
+    height = await ann.run("document.documentElement.scrollHeight")
+    assert 0 <= first["y"] < last["y"] < height
+    assert last["height"] > 900
+    assert not await ann.page.is_visible("#send")
+
+
+async def test_a_page_in_a_frame_never_takes_the_focus(room, open_page):
+    """As in a notebook, whose keyboard shortcuts would go into the chat."""
+    ann = await open_page(room.url, "ann")
+    cell = "Object.assign(document.createElement('input'), { id: 'cell' })"
+    await ann.run(f"document.querySelector('header').append({cell})")
+    await ann.page.focus("#cell")
+    frame = "Object.assign(document.createElement('iframe'), { src: '/' })"
+    await ann.run(f"document.querySelector('header').append({frame})")
+    inside = ann.page.frame_locator("iframe")
+    await inside.locator("#status[data-status=online]").wait_for()
+    assert await ann.run(FOCUS) == "cell"
+    await inside.locator("#text").fill("from the frame")
+    await inside.locator("#text").press("Enter")
+    await inside.locator("[data-id]", has_text="from the frame").wait_for()
+
+
+async def test_markup_arrives_as_text(room, open_page):
+    ann = await open_page(room.url, "ann")
+    bob = await open_page(room.url, "bob")
+    markup = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b>\n&amp; 'x'"
+    await ann.page.fill("#text", markup)
+    await ann.page.press("#text", "Enter")
+    for page in ann, bob:
+        await shown(page, markup)
+    await bob.page.reload()
+    assert await texts(bob) == [markup]
+    assert await count(bob, "#log img, #log b") == 0
+    assert await bob.page.title() == "Chat"
+
+
+async def test_forms_and_history_work_without_javascript(room, open_page):
+    await room.post_many(60)
+    bob = await open_page(room.url, java_script_enabled=False)
+    await bob.page.context.request.post(f"{room.url}signin", form=form("bob"))
+    await bob.open(room.url)
+    messages = bob.page.locator("[data-id] p")
+    assert (await messages.all_inner_texts())[0] == "text 11"
+    box = await messages.last.bounding_box()
+    assert 0 < box["y"] < 720  # it begins at the newest
+    assert "needs JavaScript" in await bob.page.inner_text("noscript")
+    await bob.page.click("#older")
+    assert (await messages.all_inner_texts())[0] == "text 1"
+    await bob.page.click("text=Sign out")
+    await bob.page.wait_for_url("**/login")
+
+
+# --- It says why ---
+async def test_a_browser_that_keeps_no_cookie_is_told(room, proxy, open_page):
+    between = await proxy(room.port)
+    between.swap = b"Set-Cookie", b"Not-Cookie"  # the browser never gets to see it
+    ann = await open_page(f"{between.url}signin")
+    for name, text in form("ann").items():
+        await ann.page.fill(f"#{name}", text)
+    await ann.page.click("main button")
+    await told(ann, "[role=status]", "did not keep the cookie")
+
+
+async def test_too_many_windows_are_told(serve, open_page):
+    room = await serve(CONNECTIONS_PER_PERSON=1)
+    ann = await open_page(room.url, "ann")
+    other = await second_tab(ann, room.url)
+    await told(other, "#reason", "too many windows")
+    await hurry(other, retry=0.2)
+    await ann.page.close()
+    await other.wait(ONLINE)
+    assert await other.page.inner_text("#reason") == ""
+
+
+@pytest.mark.parametrize(
+    "status, sentence", [(503, "out of service"), (502, "does not answer")]
+)
+async def test_a_server_that_has_no_time_is_told(room, open_page, status, sentence):
+    ann = await open_page(room.url, "ann", script := Script())
+    await ann.page.route("**/ws", lambda route: route.fulfill(status=status))
+    script.is_away = True
+    await script.ends[-1].close()
+    await hurry(ann, answer=0.2)  # the next one does not answer
+    await told(ann, "#reason", sentence)
+
+
+async def test_a_proxy_that_passes_no_websockets_is_named(room, proxy, open_page):
+    between = await proxy(room.port)
+    ann = await open_page(between.url, "ann")
+    await hurry(ann, retry=0.2)
+    between.hostile = True
+    between.cut_all()
+    await told(ann, "#reason", "blocks WebSockets")
+    assert len(ann.sockets) >= 3  # it did not say so after the first
+    between.hostile = False
+    await ann.wait(ONLINE)
+    assert await ann.page.inner_text("#reason") == ""
+
+
+# --- For everybody ---
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_axe_finds_nothing(room, open_page, scheme):
+    name = "axe_playwright_python.async_playwright"
+    axe = need(optional(name), f"no axe: {BROWSERS}").Axe()
+    look = {"color_scheme": scheme}
+    empty = await open_page(room.url, "bea", **look)
+    problems = [await axe.run(empty.page)]
+    await room.post("hello ann https://example.org\n    code", "x\n" * 30, "", "hello")
+    ann = await open_page(room.url, "ann", **look)
+    await write(ann, "mine")
+    await shown(ann, "mine")
+    await ann.run("void (document.getElementById('reason').textContent = 'A reason.')")
+    script = Script(user="carl", online=["carl"])
+    waiting = await open_page(room.url, "carl", script, **look)
+    await write(waiting, "pending")
+    wrong = await open_page(f"{room.url}signin", **look)
+    for name, text in {"login": "a!", "password": "x", "password2": "y"}.items():
+        await wrong.page.fill(f"#{name}", text)
+    await wrong.page.click("main button")
+    ended = await open_page(f"{room.url}login?why=ended", **look)
+    history = await second_tab(ann, f"{room.url}?before=9")
+    problems += [await axe.run(w.page) for w in (ann, waiting, wrong, ended, history)]
+    for found in problems:
+        assert found.violations_count == 0, found.generate_report()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_a_placeholder_can_be_read(room, open_page, scheme):
+    """axe does not look at it: 4.5 to 1 is what WCAG asks for."""
+    ann = await open_page(room.url, "ann", color_scheme=scheme)
+    colours = """[getComputedStyle(document.getElementById("text"), "::placeholder").color,
+        getComputedStyle(document.getElementById("text")).backgroundColor]"""
+
+    def light(colour):
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+        parts = [
+            p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
+        ]
+        return sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+    dark, bright = sorted(map(light, await ann.run(colours)))
+    assert (bright + 0.05) / (dark + 0.05) >= 4.5
+
+
+async def test_on_a_phone_enter_starts_a_new_line(room, open_page):
+    """Its keyboard has no Shift+Enter; the button sends. Everything fits."""
+    size = {"width": 360, "height": 560}
+    options = {"viewport": size, "is_mobile": True, "has_touch": True}
+    ann = await open_page(room.url, "x" * 32, **options)
+    await write(ann, "one")
+    await ann.type("two")
+    assert await value(ann) == "one\ntwo"
+    await ann.page.tap("#send button")
+    await shown(ann, "one\ntwo")
+    assert await ann.page.is_visible("text=starts a new line") is False
+    await room.post("long" * 200)
+    wrong = await open_page(f"{room.url}signin", **options)
+    for page in ann.page, wrong.page:
+        assert await page.evaluate("document.documentElement.scrollWidth") == 360
+    box = await ann.page.locator("#send button").bounding_box()
+    assert box["y"] + box["height"] <= 560
+
+
+async def test_going_back_to_a_form_that_was_refused_shows_it(room, open_page):
+    ann = await open_page(f"{room.url}login")
+    for name, text in {"login": "ann", "password": "wrong"}.items():
+        await ann.page.fill(f"#{name}", text)
+    await ann.page.click("main button")
+    await told(ann, ".error", "No account")
+    await ann.page.click("text=Create an account")
+    await ann.page.wait_for_url("**/signin")
+    await ann.page.go_back()
+    await told(ann, "h1", "Sign in")
+
+
+async def test_the_chat_works_by_keyboard_alone(room, open_page):
+    ann = await open_page(f"{room.url}signin")
+    for text in "ann", "", PASSWORD, PASSWORD:
+        await ann.page.keyboard.press("Tab")
+        await ann.type(text)
+    await ann.page.keyboard.press("Enter")
+    await ann.wait(ONLINE)
+    await ann.type("one")
+    await ann.page.keyboard.press("Shift+Enter")
+    await ann.type("two\n")
+    await shown(ann, "one\ntwo")
+    assert await ann.run(FOCUS) == "text"
+    await ann.page.keyboard.press("Shift+Tab")
+    assert await ann.run(FOCUS) == "log"
+
+
+async def test_forced_colours_leave_edges_and_a_mark(room, open_page):
+    """High contrast takes the backgrounds away."""
+    await room.post("hello")
+    ann = await open_page(room.url, "ann", forced_colors="active")
+    await write(ann, "mine")
+    await shown(ann, "mine")
+    width = "e => parseFloat(getComputedStyle(e).borderInlineEndWidth)"
+    assert await ann.page.locator("#send button").evaluate(width) >= 1
+    other, own = await ann.page.locator("[data-id]").all()
+    assert await own.evaluate(width) > await other.evaluate(width)
+
+
+async def test_the_live_region_changes_once_for_each_message(room, open_page):
+    """A screen reader speaks what is added, and text that changes."""
+    await room.post("before")
+    ann = await open_page(room.url, "ann")
+    await told(ann, "#messages", "ann joined")
+    await ann.run("""void (window.spoken = [], new MutationObserver((changes) => {
+        for (const { addedNodes, type, target } of changes) {
+            spoken.push(...[...addedNodes].map((node) => node.textContent));
+            if (type === "characterData") spoken.push(target.data);
+        }
+    }).observe(log, { childList: true, characterData: true, subtree: true }))""")
+    await until(lambda: datetime.now(UTC).second < 55)  # or "14:01" becomes "14:02"
+    await write(ann, "mine")
+    await shown(ann, "mine")
+    await room.post("theirs", "theirs, too")  # of a group each has its name
+    await shown(ann, "theirs, too")
+    spoken = await ann.run("spoken")
+    assert [re.sub(r"\d+:.*M", "", text) for text in spoken] == [
+        "ann mine",
+        "bob theirs",
+        "bob theirs, too",
+    ]
+
+
+async def test_a_translator_leaves_names_alone(room, open_page):
+    await room.post("hello")
+    ann = await open_page(room.url, "ann")
+    for selector in "#user", "#online li", "#messages strong":
+        found = ann.page.locator(selector).first
+        assert await found.get_attribute("translate") == "no"
