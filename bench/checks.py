@@ -138,7 +138,7 @@ def check_idle(chat, quick):
     """Count the commands that an idle process sends to MongoDB, beside `hello`."""
     import pymongo
 
-    seconds = 4 if quick else 15
+    seconds = 4 if quick else 10
 
     def counts() -> Counter:
         commands = client.admin.command("serverStatus")["metrics"]["commands"]
