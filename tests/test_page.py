@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import re
-import signal
 from datetime import UTC, datetime
 
 import pytest
@@ -20,18 +19,8 @@ from bson import ObjectId
 from pymongo import ReturnDocument
 
 import chat
-from tests.parts import (
-    BROWSERS,
-    PASSWORD,
-    Chromium,
-    ChromiumWindow,
-    Window,
-    form,
-    freeze,
-    need,
-    optional,
-    until,
-)
+from tests import parts
+from tests.parts import PASSWORD, ChromiumWindow, form, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 fixture = pytest_asyncio.fixture(loop_scope="session")
@@ -178,7 +167,7 @@ async def proxy(stack):
 def engine(request):
     """Each of the three engines in turn."""
     found = request.getfixturevalue(request.param)
-    return Chromium(found) if request.param == "chromium" else found
+    return parts.Chromium(found) if request.param == "chromium" else found
 
 
 @fixture
@@ -263,7 +252,7 @@ async def place(window, number):
     return await window.run(" - ".join(places))
 
 
-class Frame(Window):
+class Frame(parts.Window):
     """The chat in a frame of a window of its own: its size is ours in any browser."""
 
     def __init__(self, window):
@@ -275,6 +264,8 @@ class Frame(Window):
         frame = f"Object.assign(document.createElement('iframe'), {{ {size} }})"
         await self.window.run(f"document.body.replaceChildren({frame})")
         await sees(self, online=True)
+        outside = await self.window.run("document.activeElement.localName")
+        assert outside == "body"  # it takes no focus: a notebook keeps its keyboard
         return self
 
     async def run(self, script):
@@ -415,11 +406,13 @@ async def test_a_dead_connection_is_noticed_and_replaced(room, proxy, open_windo
     between.go_silent()
     await write(ann, "into the void")
     await sees(ann, online=False, names=[])
+    await told(ann, "#reason", "does not answer")
     await room.post("meanwhile")
     between.silent = False
     await sees(ann, last="into the void")
     await write(ann, "afterwards")
-    await sees(ann, texts=["meanwhile", "into the void", "afterwards"], pending=0)
+    texts = ["meanwhile", "into the void", "afterwards"]
+    await sees(ann, texts=texts, pending=0, reason="")
 
 
 async def test_what_is_typed_during_a_restart_is_sent_once(start, mongodb, open_window):
@@ -477,17 +470,14 @@ async def test_a_form_says_what_is_wrong_and_takes_what_was_typed(room, open_win
 
 # --- In three engines: what a text looks like ---
 ADDRESSES = {  # a text, and what is a link in it
-    "see https://example.org/a?b=c&d=e#f.": ["https://example.org/a?b=c&d=e#f"],
-    "(http://example.org)": ["http://example.org"],
+    "(https://example.org/a?b=c&d=e#f.)": ["https://example.org/a?b=c&d=e#f"],
     "https://example.org/Foo_(bar)!": ["https://example.org/Foo_(bar)"],
     "https://пример.рф/, 例: https://例え.jp、": [
         "https://пример.рф/",
         "https://例え.jp",
     ],
-    "Https://a.b/😀?q=ä": ["Https://a.b/😀?q=ä"],
     "www.example.org ann@example.org javascript:alert(1) ftp://a.b https://": [],
-    '<https://a.b/"onclick=alert(1)>': ["https://a.b/"],
-    "**https://a.b** «https://a.b» 'https://a.b'": ["https://a.b"] * 3,
+    '<Https://a.b/"onclick=alert(1)> **https://a.b**': ["Https://a.b/", "https://a.b"],
     "https://a.b\u202egpj https://a.b\x85c \ufeffhttps://a.b\ufeff": ["https://a.b"]
     * 3,
 }
@@ -516,7 +506,7 @@ AS_SEEN = """((node) => [...node.textContent].map((letter, n) => {
 
 
 async def test_directions_do_not_mix(room, open_window):
-    """A link shows where it leads; a name leaves its sentence in order; so does a box."""
+    """A link shows where it leads. Names leave their sentence in order, and so do you."""
     ann = await open_window(room.url, "ann")
     address = "https://evil.example/moc.elgoog//:sptth"
     await room.post("\u202e" + address)
@@ -573,6 +563,9 @@ async def test_a_long_text_is_folded_and_unfolds_where_it_stands(serve, open_win
     assert await ann.run(f"{element(4)}.offsetHeight") > 900
     await room.blank(1, 3)  # an operator removes them, so there is nothing to unfold
     await ann.wait("document.querySelectorAll('details').length === 1")
+    await ann.open(room.url)
+    await sees(ann, online=True, last="news")
+    assert (await count(ann, ".removed"), await count(ann, "details")) == (2, 1)
 
 
 # --- In three engines: your place ---
@@ -703,25 +696,17 @@ async def test_a_page_without_a_channel_to_other_tabs_works(
 
 # --- Alive ---
 async def test_silence_is_noticed_by_the_clock(room, proxy, open_page):
-    """Nothing is sent; then a laptop sleeps for an hour: its timers stand still. A late
-    close of a dead socket changes nothing: a browser takes up to a minute for it.
-    """
-    slow = """window.WebSocket = class extends WebSocket {
-        close() {
-            (window.late ??= []).push(() => this.onclose?.({ code: 1006 }));
-            super.close();
-        }
+    """Nothing is sent. Then a laptop sleeps for an hour, and its timers stand still."""
+    late = """window.WebSocket = class extends WebSocket {
+        close() { (window.late ??= []).push(() => this.onclose?.({ code: 1006 })); }
     };"""
     between = await proxy(room.port)
-    ann = await open_page(between.url, "ann", before=slow)
-    between.go_silent()
-    await hurry(ann, silence=0.5, answer=0.5)
-    await sees(ann, status="offline", names=[])
-    await told(ann, "#reason", "does not answer")
-    between.silent = False
-    await hurry(ann, silence=45, answer=10)
-    await sees(ann, online=True, reason="")
-    await ann.run("late.forEach((close) => close())")
+    ann = await open_page(between.url, "ann", before=late)
+    await hurry(ann, silence=0.1)
+    await ann.wait("window.late?.length > 0")
+    await hurry(ann, silence=45)
+    await sees(ann, online=True)
+    await ann.run("late.forEach((close) => close())")  # a browser takes up to a minute
     assert await ann.run(STATE["status"]) == "online"
     between.go_silent()
     later = "(now => Date.now = () => now + 3_600_000)(Date.now())"
@@ -752,31 +737,6 @@ async def test_pauses_grow_to_less_than_five_seconds(scripted, code, longest):
 
 
 # --- Nothing without a limit ---
-async def test_a_process_that_is_held_back(start, mongodb, proxy, open_page):
-    """The page comes back to a process that stands still for 10 s, then is behind."""
-    environment = on_mongodb(mongodb)
-    ahead, behind = [start(**environment).wait_until_ready() for _ in range(2)]
-    between = await proxy(ahead.port)
-    ann = await open_page(between.url, "ann")
-    bob = await open_page(f"{ahead.url}/", "bob")
-    await write(ann, "before")
-    await sees(ann, last="before")
-    freeze(behind.process)
-    texts = ["before", *[f"while it stands {number}" for number in range(5)]]
-    await write(bob, *texts[1:])
-    await sees(ann, texts=texts)
-    between.connect_to(behind.port)
-    await write(ann, "typed meanwhile")
-    await asyncio.sleep(10)
-    await write(bob, "still ahead")
-    await sees(bob, last="still ahead")
-    behind.process.send_signal(signal.SIGCONT)
-    texts += ["still ahead", "typed meanwhile"]
-    for page in ann, bob:
-        await sees(page, texts=texts)
-    assert ann.loads == 1
-
-
 async def test_a_process_that_catches_up_makes_no_page_reload(room, scripted):
     await room.post_many(3)
     nonces = [event["nonce"] for event in room.room.history.events.values()]
@@ -841,7 +801,7 @@ FULL_STORAGE = """Storage.prototype.setItem = () => {
 
 @pytest.mark.parametrize("storage", [NO_STORAGE, FULL_STORAGE], ids=["refused", "full"])
 async def test_a_page_without_storage_never_reloads_over_your_text(scripted, storage):
-    """It cannot remember when it last reloaded. So it waits until it is a minute old."""
+    """It cannot remember its last reload, so it waits until it is a minute old."""
     ann, script = await scripted(storage)
     asked = []
     ann.page.on("dialog", lambda dialog: asked.append(dialog))
@@ -949,21 +909,6 @@ async def test_signing_in_again_in_another_tab_is_noticed_at_once(room, open_pag
 
 
 # --- The outbox ---
-async def test_the_unsent_text_outlives_a_restart_in_memory(start, open_page):
-    """The account is gone with the process; what was typed stays in the tab."""
-    port = str(unused_port())
-    process = start(PORT=port).wait_until_ready()
-    ann = await open_page(f"{process.url}/", "ann")
-    process.process.kill()
-    await sees(ann, status="offline")
-    await write(ann, "sent while away")
-    await ann.fill("#text", "half a sen")
-    start(PORT=port).wait_until_ready()
-    await sees(ann, path="/login?why=ended")
-    await enter(ann, f"{process.url}/", "ann")
-    await sees(ann, texts=["sent while away"], box="half a sen")
-
-
 @pytest.mark.parametrize("was_saved", [False, True])
 async def test_a_message_that_was_not_saved_is_sent_again(scripted, was_saved):
     """Unless it was saved after all: the deadline passed, and the write succeeded."""
@@ -1208,12 +1153,10 @@ async def test_older_messages_that_do_not_come_are_a_sentence(room, open_page):
 
 
 # --- What people expect ---
-async def test_a_reader_who_scrolled_up_is_told_of_new_messages(room, open_page):
-    """A touchpad moves by a few pixels, and a message comes after each move."""
+async def test_what_you_have_not_seen_is_counted(room, open_page):
+    """A touchpad moves by a few pixels; a page is hidden; one's own are not news."""
     await room.post_many(50)
     ann = await open_page(room.url, "ann")
-    await room.post("followed")
-    await sees(ann, last="followed", at_end=True, news=False)
     for number in range(1, 4):
         await drawn(ann, "log.scrollTop -= 9")
         await room.post("news")
@@ -1225,7 +1168,7 @@ async def test_a_reader_who_scrolled_up_is_told_of_new_messages(room, open_page)
     )
     await ann.run("void " + hide.format("true"))
     await room.post("hello")
-    await room.post("mine", name="ann")  # one's own are not news
+    await room.post("mine", name="ann")
     await sees(ann, last="mine", title="(1) Chat")
     event = "document.dispatchEvent(new Event('visibilitychange'))"
     await ann.run(f"({hide.format('false')}, {event})")
@@ -1256,17 +1199,6 @@ async def test_a_message_keeps_its_day_and_a_group_its_name(room, open_page):
     assert await ann.run(f"{agree}e.innerText))")
 
 
-async def test_a_removed_message_says_so(room, open_page):
-    """An operator blanks it: on an open page, in the history, and for a newcomer."""
-    await room.post("fine", "to be removed", "tall\n" * 30)
-    ann = await open_page(room.url, "ann")
-    await room.blank(2, 3)
-    for _ in range(2):
-        await sees(ann, texts=["fine", *["This message was removed."] * 2])
-        assert (await count(ann, ".removed"), await count(ann, "details")) == (2, 0)
-        await ann.page.reload()
-
-
 async def test_marks_stay_inside_their_item(room, open_page):
     await room.post("above")
     ann = await open_page(room.url, "ann")
@@ -1278,7 +1210,7 @@ async def test_marks_stay_inside_their_item(room, open_page):
 
 
 async def test_paper_and_high_contrast(room, open_page):
-    """On paper is all that is loaded. Without backgrounds, edges and a mark are left."""
+    """On paper is all that is loaded; without backgrounds, edges and a mark are left."""
     await room.post_many(48)
     await room.post("tall\n" * 40)
     ann = await open_page(room.url, "ann", forced_colors="active")
@@ -1295,26 +1227,11 @@ async def test_paper_and_high_contrast(room, open_page):
     assert not await ann.page.is_visible("#send")
 
 
-async def test_a_page_in_a_frame_never_takes_the_focus(room, open_page):
-    """As in a notebook, whose keyboard shortcuts would go into the chat."""
-    window = await open_page(room.url, "ann")
-    await window.page.focus("#signout button")
-    frame = "Object.assign(document.createElement('iframe'), { src: '/' })"
-    await window.run(f"{element('header')}.append({frame})")
-    inside = window.page.frame_locator("iframe")
-    await inside.locator("#status[data-status=online]").wait_for()
-    assert await window.run("document.activeElement.localName") == "button"
-    await inside.locator("#text").fill("from the frame")
-    await inside.locator("#text").press("Enter")
-    await inside.locator("[data-id]", has_text="from the frame").wait_for()
-
-
 async def test_forms_and_history_work_without_javascript(room, open_page):
     await room.post_many(60)
     bob = await open_page(f"{room.url}signin", java_script_enabled=False)
-    for name, text in form("bob").items():
-        await bob.page.fill(f"#{name}", text)
-    await bob.page.click("main button")
+    await bob.page.context.request.post(f"{room.url}signin", form=form("bob"))
+    await bob.open(room.url)
     messages = bob.page.locator("[data-id] p")
     assert (await messages.all_inner_texts())[0] == "text 11"
     assert (
@@ -1357,7 +1274,7 @@ async def test_the_page_says_why_it_cannot_connect(scripted, status):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_axe_finds_nothing(room, open_page, scheme):
     name = "axe_playwright_python.async_playwright"
-    axe = need(optional(name), f"no axe: {BROWSERS}").Axe()
+    axe = parts.need(parts.optional(name), f"no axe: {parts.BROWSERS}").Axe()
     look = {"color_scheme": scheme}
     empty = await open_page(room.url, "bea", **look)
     found = [await axe.run(empty.page)]
