@@ -505,6 +505,7 @@ async def test_directions_do_not_mix(room, open_window):
     await room.post("\u202e" + address)
     await sees(ann, last="\u202e" + address)
     assert await ann.run(f"{AS_SEEN}({element('#messages a')}.firstChild)") == address
+    await told(ann, "#messages", "ann joined")
     chat.broadcast(room.room, {"type": "joined", "user": "דנה_"})
     await told(ann, "#messages", "דנה_ joined")
     name = "[...document.querySelectorAll('.notice bdi')].at(-1).firstChild"
