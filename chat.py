@@ -126,8 +126,8 @@ class Settings(BaseSettings):
     """
 
     # Editors on Windows may add a byte order mark (utf-8-sig). `main` warns of renamed
-    # settings in `.env` (extra). Defaults are validated, too: an empty SECRET_KEY is right
-    # in memory only. Errors hide the input: a URI may hold a password.
+    # settings in `.env` (extra). Defaults are validated, too: SECRET_KEY may be empty in
+    # memory only. Errors hide the input: a URI may hold a password.
     model_config = SettingsConfigDict(
         env_file=HERE / ".env", env_file_encoding="utf-8-sig", case_sensitive=True,
         extra="allow", validate_default=True, hide_input_in_errors=True,
@@ -995,11 +995,11 @@ class History:
         number, known = event["id"], self.events.get(event["id"])
         if operation == "insert" and known and known["nonce"] == event["nonce"]:
             return False  # `catch_up` has read it, and it may have been removed since
+        if known or number > self.last:
+            self.events[number] = event
         if number > self.last:
             self.last = number
             self.remember(event["user"], event["nonce"], number)
-        if known or number == self.last:
-            self.events[number] = event
         return event != known
 
     def remember(self, user: str, nonce: str, number: int) -> None:
