@@ -126,8 +126,8 @@ class Settings(BaseSettings):
     """
 
     # Editors on Windows may add a byte order mark (utf-8-sig). `main` warns of renamed
-    # settings in `.env` (extra). Defaults are validated, too: SECRET_KEY may be empty in
-    # memory only. Errors hide the input: a URI may hold a password.
+    # settings in `.env` (extra). Defaults are validated, too: SECRET_KEY is needed with
+    # MONGO_HOST. Errors hide the input: a URI may hold a password.
     model_config = SettingsConfigDict(
         env_file=HERE / ".env", env_file_encoding="utf-8-sig", case_sensitive=True,
         extra="allow", validate_default=True, hide_input_in_errors=True,
