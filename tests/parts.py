@@ -29,6 +29,7 @@ from workshop.mongodb import find_mongod
 
 ROOT = Path(__file__).parent.parent
 PASSWORD = "correct horse"
+KEY = "any text of 32 characters or more"
 # aiohttp-session 2.12 still keeps its session under a plain string key. In CI every
 # other warning is an error.
 WARNINGS = "error," * ("CI" in os.environ) + "ignore:It is recommended to use web"
@@ -166,20 +167,16 @@ class Mongod:
 
     def __init__(self, folder, *options):
         self.port, self.folder, self.options = unused_port(), folder, options
+        self.uri = f"mongodb://127.0.0.1:{self.port}"
         folder.mkdir()
         self.start()
-
-    @property
-    def uri(self):
-        return f"mongodb://127.0.0.1:{self.port}"
 
     def start(self):
         address = ["--bind_ip", "127.0.0.1", "--port", str(self.port)]
         store = ["--dbpath", self.folder, "--wiredTigerCacheSizeGB", "0.25"]
         command = [find_mongod(), *address, *store, "--quiet", *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        with pymongo.MongoClient(self.uri, directConnection=True) as client:
-            client.admin.command("ping")
+        self.command("ping")
 
     def command(self, *command, **more):
         with pymongo.MongoClient(self.uri, directConnection=True) as client:
@@ -225,10 +222,8 @@ class ReplicaSet:
 
 def on(uri, **more):
     """Settings for a database of one's own at a URI."""
-    name = f"test-{ObjectId()}"
-    return chat.Settings(
-        MONGO_HOST=uri, MONGO_DB_NAME=name, SECRET_KEY="any text", **more
-    )
+    more |= {"MONGO_DB_NAME": f"test-{ObjectId()}", "SECRET_KEY": KEY}
+    return chat.Settings(MONGO_HOST=uri, **more)
 
 
 # --- Real parts: the chat, here or in a process of its own ---
@@ -245,12 +240,12 @@ class Process:
     Its output goes through a pipe: unless each line leaves at once, nothing starts.
     """
 
-    def __init__(self, script=ROOT / "chat.py", **environment):
+    def __init__(self, script=ROOT / "chat.py", *before, **environment):
         environment = {"PORT": "0", "PYTHONWARNINGS": WARNINGS} | environment
         environment |= {"PYTHONPATH": environment.get("PYTHONPATH", str(ROOT))}
         self.lines = []
         self.process = subprocess.Popen(
-            [sys.executable, script],
+            [*before, sys.executable, script],
             env=clean_environment() | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -268,11 +263,8 @@ class Process:
             self.lines.append(line)
         deadline.cancel()
         self.port = int(re.search(r"http://\S+:(\d+)", "".join(self.lines))[1])
+        self.url = f"http://127.0.0.1:{self.port}"
         return self
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}"
 
     def stop(self, number=signal.SIGINT, seconds=20):
         """Stop it; return its exit code, what it said and what it complained of."""
@@ -291,20 +283,17 @@ def clean_environment():
 
 
 # --- Real parts: browsers ---
+ENTER = "\ue007"  # the key, as WebDriver names it
 BROWSERS = "install it with .ci/requirements.txt and .ci/run's list of Debian packages"
 MINIBROWSER = next(Path("/usr/lib").glob("*/webkit2gtk-4.*/MiniBrowser"), None)
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--force-color-profile=srgb",
-]
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--force-color-profile=srgb"]
+CHROMIUM_FLAGS += ["--disable-background-networking"]
 
 
 def program(*names):
     """Return the path of a program that a test needs."""
-    found = next(filter(None, map(shutil.which, names)), None)
-    return need(found, f"no {names[0]}: {BROWSERS}")
+    found = filter(None, map(shutil.which, names))
+    return need(next(found, None), f"no {names[0]}: {BROWSERS}")
 
 
 @contextlib.asynccontextmanager
@@ -312,9 +301,8 @@ async def launch_chromium():
     playwright = need(optional("playwright.async_api"), f"no playwright: {BROWSERS}")
     path = program("chromium", "chromium-browser", "google-chrome")
     async with playwright.async_playwright() as driver:
-        browser = await driver.chromium.launch(
-            executable_path=path, args=CHROMIUM_FLAGS
-        )
+        options = {"executable_path": path, "args": CHROMIUM_FLAGS}
+        browser = await driver.chromium.launch(**options)
         yield browser
         await browser.close()
 
@@ -391,23 +379,18 @@ class FirefoxWindow(Window):
         await self.command("browsingContext.navigate", **options)
 
     async def run(self, script):
-        answer = await self.command(
-            "script.evaluate",
-            expression=f"(async () => JSON.stringify(await ({script})))()",
-            target={"context": self.context},
-            awaitPromise=True,
-        )
+        script = f"(async () => JSON.stringify(await ({script})))()"
+        options = {"target": {"context": self.context}, "awaitPromise": True}
+        answer = await self.command("script.evaluate", expression=script, **options)
         assert answer["type"] == "success", answer
         return json.loads(answer["result"].get("value", "null"))
 
     async def type(self, text):
-        keys = []
-        for key in text.replace("\n", "\ue007"):
-            keys += [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
+        letters, kinds = text.replace("\n", ENTER), ("keyDown", "keyUp")
+        keys = [{"type": kind, "value": key} for key in letters for kind in kinds]
         actions = [{"type": "key", "id": "keyboard", "actions": keys}]
-        await self.command(
-            "input.performActions", context=self.context, actions=actions
-        )
+        where = {"context": self.context}
+        await self.command("input.performActions", actions=actions, **where)
 
 
 class Firefox:
@@ -419,10 +402,9 @@ class Firefox:
     async def command(self, method, **params):
         self.number += 1
         await self.ws.send_json({"id": self.number, "method": method, "params": params})
-        while (answer := await self.ws.receive_json(timeout=60)).get(
-            "id"
-        ) != self.number:
-            pass  # an event, such as a page that has loaded
+        answer = {}
+        while answer.get("id") != self.number:  # or an event, such as a loaded page
+            answer = await self.ws.receive_json(timeout=60)
         assert answer["type"] == "success", answer
         return answer["result"]
 
@@ -447,9 +429,8 @@ class WebKitWindow(Window):
     async def type(self, text):
         element = await self.run("document.activeElement")
         [element] = element.values()
-        await self.session(
-            f"/element/{element}/value", text=text.replace("\n", "\ue007")
-        )
+        text = text.replace("\n", ENTER)
+        await self.session(f"/element/{element}/value", text=text)
 
 
 class WebKit:
