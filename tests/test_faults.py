@@ -638,9 +638,12 @@ async def test_restored_database_is_the_room_that_it_was(place, person, restore)
     assert await windows[1].say("not in the dump") == 4
     for contents in dump:
         await asyncio.to_thread(restore, place.db, *contents)
-    for process in one, other:
-        while shown_ids((await ann.get(process))[1]) != [1, 2, 3]:
-            await asyncio.sleep(0.1)
+
+    async def are_restored():
+        pages = [(await ann.get(process))[1] for process in (one, other)]
+        return [shown_ids(page) for page in pages] == [[1, 2, 3]] * 2
+
+    await until(are_restored)
     windows = [await ann.open(one, after=0), await bob.open(other, after=0)]
     assert [await windows[0].say("four"), await windows[1].say("five")] == [4, 5]
     kept = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
@@ -769,10 +772,7 @@ async def test_proxy_limits_the_forms_that_one_address_sends(place, proxy, perso
 async def test_restarts_in_turn_lose_and_double_nothing_behind_a_proxy(
     place, proxy, person
 ):
-    """Clients that are cut off connect again at once, through the other process.
-
-    The proxy rewrites Host, and the chat compares Origin with ORIGIN.
-    """
+    """Clients that are cut off connect again at once, through the other process."""
     processes = await place.start(*proxy.settings)
     people = [Talker(person(name), proxy) for name in ("ann", "bob", "eve")]
     await go_on(*people)
@@ -787,7 +787,7 @@ async def test_restarts_in_turn_lose_and_double_nothing_behind_a_proxy(
         [processes[index]] = await place.start(proxy.settings[index])
         await go_on(*people)
     assert [talker.gone for talker in people] == [[]] * 3
-    foreign = {"Origin": "https://evil.example"}
+    foreign = {"Origin": "https://evil.example"}  # nginx has rewritten Host
     async with people[0].person.at(proxy).get("/ws", headers=foreign) as answer:
         assert answer.status == 403
     await assert_nothing_is_lost(place, *people)
