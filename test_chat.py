@@ -11,6 +11,7 @@ import base64
 import contextlib
 import json
 import logging
+import os
 import re
 import resource
 import signal
@@ -69,7 +70,7 @@ def sockets_of(server, name):
 
 async def operate(server, write):
     """Do to the database what an operator would do, as the chat's own docs say."""
-    db = server.app[chat.DATABASE]
+    db = server.app[chat.ROOM].db
     await (write(db) if db.shared else db.edit(write(db)))
 
 
@@ -80,7 +81,7 @@ async def blank(server, number):
 
 async def break_stream(server):
     """In memory: make the room read everything again, as it does after an outage."""
-    await server.app[chat.DATABASE].edit(asyncio.sleep(0))
+    await server.app[chat.ROOM].db.edit(asyncio.sleep(0))
 
 
 async def heard_until(nonce, ws):
@@ -508,22 +509,22 @@ async def test_message_numbers_have_no_gap(server):
     sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
     for _ in range(8):
         await asyncio.gather(*(say(ws, "hello") for ws in sockets))
-    events = await chat.Message(server.app[chat.DATABASE]).newest(100)
+    events = await chat.newest(server.app[chat.ROOM].db, 100)
     assert [event["id"] for event in events] == list(range(1, 17))
 
 
 async def test_two_that_fight_for_every_number_leave_no_gap(serve, mongodb):
     """Rule 1: two applications on one database claim numbers at the same time."""
     settings = on(mongodb)
-    databases = [(await serve(settings)).app[chat.DATABASE] for _ in "12"]
+    databases = [(await serve(settings)).app[chat.ROOM].db for _ in "12"]
     users = [{"_id": ObjectId(), "name": name} for name in ("ann", "bob")]
 
     async def write(db, user):
         for number in range(50):
-            await chat.Message(db).save(1, user, f"{number}", f"{number}")
+            await chat.save(db, 1, user, f"{number}", f"{number}")
 
     await asyncio.gather(*map(write, databases, users))
-    events = await chat.Message(databases[0]).newest(200)
+    events = await chat.newest(databases[0], 200)
     assert [event["id"] for event in events] == list(range(1, 101))
     for user in users:
         texts = [event["text"] for event in events if event["user"] == user["name"]]
@@ -532,12 +533,12 @@ async def test_two_that_fight_for_every_number_leave_no_gap(serve, mongodb):
 
 async def test_process_that_lags_catches_up_when_its_number_is_taken(serve, mongodb):
     """It jumps to the newest number: one step a message would never catch up."""
-    db, tried = (await serve(on(mongodb))).app[chat.DATABASE], []
+    db, tried = (await serve(on(mongodb))).app[chat.ROOM].db, []
     for number in range(1, 21):
-        await chat.Message(db).save(number, EVE, "x", f"{number}")
+        await chat.save(db, number, EVE, "x", f"{number}")
     insert, bob = db.insert, {"_id": ObjectId(), "name": "bob"}
     db.insert = lambda message: tried.append(message["_id"]) or insert(message)
-    assert await chat.Message(db).save(3, bob, "late", "n1") == 21
+    assert await chat.save(db, 3, bob, "late", "n1") == 21
     assert tried == [3, 21]
 
 
@@ -556,7 +557,7 @@ async def test_nonce_is_stored_once_even_if_no_process_remembers_it(serve, mongo
 
 async def test_memory_holds_the_newest_messages_only(serve):
     server = await serve(chat.Settings())
-    db, kept = server.app[chat.DATABASE], chat.HISTORY_SIZE
+    db, kept = server.app[chat.ROOM].db, chat.HISTORY_SIZE
     for number in range(3 * kept):
         await chat.post(server.app[chat.ROOM], EVE, f"{number}", f"{number}")
         if number % 100 == 99:
@@ -572,7 +573,7 @@ async def test_message_that_the_stream_did_not_bring_is_told_with_the_next(serve
     """The next number shows the gap: the room reads everything again."""
     server = await serve(chat.Settings())
     ws = await connect(await sign_in(server))
-    await server.app[chat.DATABASE].messages.insert_one(stored(1, text="late"))
+    await server.app[chat.ROOM].db.messages.insert_one(stored(1, text="late"))
     await send_only(ws, "next", "n2")
     told = [await read(ws, "message") for _ in range(2)]
     assert [(e["id"], e["text"]) for e in told] == [(1, "late"), (2, "next")]
@@ -582,14 +583,14 @@ async def test_message_stored_while_everything_is_read_again_comes_once(
     serve, monkeypatch
 ):
     server = await serve(chat.Settings())
-    ws, newest = await connect(await sign_in(server)), chat.Message.newest
+    ws, newest = await connect(await sign_in(server)), chat.newest
 
-    async def post_then_read(self, *arguments):
+    async def post_then_read(*arguments):
         monkeypatch.undo()
         await chat.post(server.app[chat.ROOM], EVE, "meanwhile", "n1")
-        return await newest(self, *arguments)
+        return await newest(*arguments)
 
-    monkeypatch.setattr(chat.Message, "newest", post_then_read)
+    monkeypatch.setattr(chat, "newest", post_then_read)
     await break_stream(server)
     await until(lambda: server.app[chat.ROOM].history.last)
     await send_only(ws, "next", "n2")
@@ -758,7 +759,7 @@ async def test_presence_is_stamped_by_the_databases_clock(serve, mongodb, monkey
 
     server = await serve(on(mongodb))
     monkeypatch.setattr(chat, "datetime", Yesterday)
-    db = server.app[chat.DATABASE].mongo
+    db = server.app[chat.ROOM].db.mongo
     await connect(await sign_in(server))
     entry = await until(lambda: db.processes.find_one({"names": "ann"}))
     now = (await db.client.admin.command("hello"))["localTime"]
@@ -782,7 +783,7 @@ async def test_dead_process_counts_for_15_seconds_by_the_databases_clock(
 ):
     server = await serve(on(mongodb))
     bob = await sign_in(server, "bob")
-    ws, entries = await connect(bob), server.app[chat.DATABASE].mongo.processes
+    ws, entries = await connect(bob), server.app[chat.ROOM].db.mongo.processes
     ago = {"fresh": 10, "stale": 16}
     now = (await entries.database.client.admin.command("hello"))["localTime"]
     for name, seconds in ago.items():
@@ -802,7 +803,7 @@ async def test_first_editions_indexes_are_replaced_and_dropped_ones_come_back(
         first.users.create_index("name_key", unique=True)
         first.messages.create_index([("user_id", 1), ("nonce", 1)], unique=True)
     server = await serve(settings)
-    ws, db = await connect(await sign_in(server)), server.app[chat.DATABASE]
+    ws, db = await connect(await sign_in(server)), server.app[chat.ROOM].db
     names = set(await db.messages.index_information())
     assert len(names) == 2 and "user_id_1_nonce_1" not in names
     code = asyncio.create_task(closed(ws))
@@ -826,7 +827,7 @@ async def test_index_that_cannot_be_created_again_is_told_and_the_room_goes_on(
 ):
     """As after a restore that holds two users of one name."""
     server = await serve(on(mongodb))
-    ws, db = await connect(await sign_in(server)), server.app[chat.DATABASE]
+    ws, db = await connect(await sign_in(server)), server.app[chat.ROOM].db
     await db.users.drop_index("unique name_key")
     await db.users.insert_many([{"name_key": "twin"}, {"name_key": "twin"}])
     await db.mongo.drop_collection("processes")  # which breaks the stream
@@ -863,7 +864,7 @@ async def why_it_cannot_start(uri):
 CAUSES = {
     "mongodb://127.0.0.1:{free}/": "127.0.0.1:{free}: [Errno 111] Connection refused",
     "mongodb://host.invalid/": "host.invalid:27017: [Errno -2] Name or service not ",
-    "mongodb://127.0.0.1:{used}/?replicaSet=wrong": "replica set name \"wrong\"",
+    "mongodb://127.0.0.1:{used}/?replicaSet=wrong": 'replica set name "wrong"',
     "mongodb://127.0.0.1:{used}/?tls=true": "SSL handshake failed",
     "mongodb://127.0.0.1/?tls=true&tlsCAFile=/nowhere": "tlscafile",
     "mongodb://": "hostname",
@@ -1073,7 +1074,7 @@ async def test_second_click_on_create_account_signs_in(server):
     ]
     for response in await asyncio.gather(*posts):
         assert (response.status, response.headers["Location"]) == (303, "/")
-    assert await server.app[chat.DATABASE].users.count_documents({}) == 1
+    assert await server.app[chat.ROOM].db.users.count_documents({}) == 1
     for client in visitor, other:
         assert (await client.get("/")).url.path == "/"
 
@@ -1096,7 +1097,7 @@ async def test_signing_up_for_an_older_account_is_no_second_click(serve):
     long_ago = chat.datetime.now(chat.UTC) - chat.timedelta(minutes=2)
     user = {"_id": ObjectId.from_datetime(long_ago), "name": "ann", "name_key": "ann"}
     user["password"] = chat.hash_password(PASSWORD)
-    await server.app[chat.DATABASE].users.insert_one(user)
+    await server.app[chat.ROOM].db.users.insert_one(user)
     visitor = await server.visitor()
     response = await visitor.post("/signin", data=form("ann"))
     assert response.status == 422
@@ -1240,7 +1241,9 @@ def cookie(content, key=KEY, at=None):
     """Make a session cookie as the chat would with this SECRET_KEY."""
     if not isinstance(content, bytes):
         content = json.dumps(content).encode()
-    fernet = Fernet(base64.urlsafe_b64encode(chat.hashlib.sha256(key.encode()).digest()))
+    fernet = Fernet(
+        base64.urlsafe_b64encode(chat.hashlib.sha256(key.encode()).digest())
+    )
     return fernet.encrypt_at_time(content, int(at or time.time())).decode()
 
 
@@ -1392,7 +1395,9 @@ async def test_generated_forms_are_taken_or_refused_but_never_break(
         password = st.just(PASSWORD) | field
         fields = {"login": field, "email": field | st.just("")}
         fields |= {"password": password, "password2": password}
-        return st.fixed_dictionaries({}, optional=fields) | st.fixed_dictionaries(fields)
+        return st.fixed_dictionaries({}, optional=fields) | st.fixed_dictionaries(
+            fields
+        )
 
     server = await serve(chat.Settings())
     for data in examples(forms, 60):
@@ -1456,3 +1461,823 @@ async def test_markup_in_a_message_is_text_on_the_page(server):
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; {{ 7 * 7 }}" in page
 
 
+# ==============================================================================
+# 5. WebSocket
+# ==============================================================================
+async def test_message_reaches_every_reader_with_all_its_fields(server):
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann, from_bob = await connect(ann), await connect(bob)
+    text = "  hé <b>\n😀\0\u202e\u200b "
+    message = await say(from_ann, text, "n1")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", message.pop("time"))
+    event = {"type": "message", "id": 1, "user": "ann", "text": text, "nonce": "n1"}
+    assert message == event and (await read(from_bob, "message"))["text"] == text
+
+
+async def test_receipt_goes_to_the_sender_alone_also_for_a_repeated_message(server):
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann, from_bob = await connect(ann), await connect(bob)
+    receipt = {"type": "receipt", "nonce": "n1", "id": 1}
+    for _ in range(3):
+        assert await send(from_ann, "once", "n1") == receipt
+    await say(from_bob, "next", "n2")
+    assert "receipt" not in {
+        event["type"] for event in await heard_until("n2", from_ann)
+    }
+
+
+async def test_lost_receipt_is_resent_and_stored_once(server):
+    """Rule 3, on a socket that closed, and on five sockets at once."""
+    ann = await sign_in(server)
+    ws = await connect(ann)
+    await send_only(ws, "once", "n1")
+    await ws.close()
+    await until(lambda: server.app[chat.ROOM].history.last == 1)
+    sockets = [await connect(ann, after=0) for _ in range(5)]
+    assert [event["nonce"] for event in sockets[0].replayed] == ["n1"]
+    for nonce, number in ("n1", 1), ("n2", 2):
+        receipts = await asyncio.gather(*(send(ws, "once", nonce) for ws in sockets))
+        assert {receipt["id"] for receipt in receipts} == {number}
+    assert shown_ids(await (await ann.get("/")).text()) == [1, 2]
+
+
+async def test_message_that_is_not_stored_is_never_shown(own_mongodb, serve):
+    """Rule 2; and the socket stays, so what got no receipt is sent again."""
+    server = await serve(on(own_mongodb.uri))
+    from_ann = await connect(await sign_in(server, "ann"))
+    from_bob = await connect(await sign_in(server, "bob"))
+    own_mongodb.kill()
+    for nonce in "n0", "n1":
+        error = await send(from_ann, "lost?", nonce)
+        assert error["code"] == "not_saved" and "again" not in error["text"]
+    own_mongodb.start()
+    await until(lambda: is_stored(from_ann, "n0"))
+    assert await is_stored(from_ann, "n1")
+    heard = [e for e in await heard_until("n1", from_bob) if e["type"] == "message"]
+    assert [event["nonce"] for event in heard] == ["n0", "n1"]
+
+
+async def is_stored(ws, nonce):
+    return (await send(ws, "lost?", nonce))["type"] == "receipt"
+
+
+async def test_returning_reader_gets_missed_messages_in_order_and_then_welcome(server):
+    """Rule 4."""
+    ann = await sign_in(server)
+    await fill(server, 10)
+    ws = await connect(ann, after=4)
+    assert [event["id"] for event in ws.replayed] == [5, 6, 7, 8, 9, 10]
+    assert ws.welcome["last"] == 10
+    for after in None, 10, 999:
+        assert (await connect(ann, after)).replayed == []
+
+
+async def test_nothing_falls_between_replay_and_live_and_nothing_comes_twice(server):
+    """Readers come back again and again while one sender never pauses."""
+    ann, room = await sign_in(server), server.app[chat.ROOM]
+
+    async def talk():
+        for number in range(1, 301):
+            await chat.post(room, EVE, 1_000 * "x", f"{number}")
+            await asyncio.sleep(0.001)
+
+    async def listen():
+        seen = [0]
+        while seen[-1] < 300:
+            ws = await ann.ws_connect(f"/ws?after={seen[-1]}")
+            for _ in range(23):
+                event = await read(ws)
+                if event["type"] == "message":
+                    seen.append(event["id"])
+                if seen[-1] == 300:
+                    break
+            await ws.close()
+        return seen
+
+    *seen, _ = await asyncio.gather(*(listen() for _ in range(4)), talk())
+    assert seen == 4 * [list(range(301))]
+
+
+async def test_message_broadcast_during_a_replay_is_replayed_as_well(
+    server, monkeypatch
+):
+    """Sending waits for a slow reader; the room goes on meanwhile."""
+    ann, room = await sign_in(server), server.app[chat.ROOM]
+    await fill(server, 1)
+    send_json = chat.web.WebSocketResponse.send_json
+
+    async def send_slowly(ws, event):
+        if (number := event["id"]) < 4:
+            await chat.post(room, EVE, f"{number + 1}", f"n{number + 1}")
+            await until(lambda: room.history.last > number)
+        await send_json(ws, event)
+
+    monkeypatch.setattr(chat.web.WebSocketResponse, "send_json", send_slowly)
+    ws = await connect(ann, after=0)
+    assert [event["id"] for event in ws.replayed] == [1, 2, 3, 4]
+    assert ws.welcome["last"] == 4
+
+
+async def test_message_broadcast_at_the_end_of_a_replay_comes_once(server, monkeypatch):
+    """It is in the history by then, and waits for the next flush."""
+    ann, from_bob = await sign_in(server), await connect(await sign_in(server, "bob"))
+    await say(from_bob, "first")
+    replay, room = chat.WebSocket.replay, server.app[chat.ROOM]
+    monkeypatch.setattr(chat, "TURNS", 1_000)
+
+    async def replay_beside_a_message(*arguments):
+        await send_only(from_bob, "second", "n2")
+        await until(lambda: room.history.last == 2)
+        await replay(*arguments)
+
+    monkeypatch.setattr(chat.WebSocket, "replay", replay_beside_a_message)
+    ws = await connect(ann, after=0)
+    assert [event["text"] for event in ws.replayed] == ["first", "second"]
+    await send_only(ws, "third", "n3")
+    heard = [e["text"] for e in await heard_until("n3", ws) if e["type"] == "message"]
+    assert heard == ["third"]
+
+
+async def test_reader_that_missed_more_than_is_kept_sees_the_gap(serve):
+    server = await serve(chat.Settings())
+    ann = await sign_in(server)
+    await fill(server, chat.HISTORY_SIZE + 10)
+    ids = [event["id"] for event in (await connect(ann, after=5)).replayed]
+    assert ids == list(range(11, chat.HISTORY_SIZE + 11))  # not 6: a gap
+
+
+def event(**fields):
+    return json.dumps({"type": "message", "text": "x", "nonce": "n"} | fields)
+
+
+BAD_EVENTS = [
+    "", "null", "[]", "17", "{}", "[" * 9_000, '{"a":' * 2_000, "9" * 5_000, "\0",
+    '{"type": "message"}', event(text=17), event(text=None), event(text=["x"]),
+    event(text="\ud800"), event(nonce="\udfff"), event(nonce=17), event(nonce=""),
+    event(nonce=65 * "n"), event(nonce="a\rb"), event(nonce="\u202e"),
+    event(type="bad"), event(type=["message"]), event()[:-1], '{"\\ud800": 1}',
+]  # fmt: skip
+
+
+async def test_bad_event_gets_an_error_without_a_nonce_and_the_socket_stays(
+    serve, caplog
+):
+    """A nonce that a page cannot give back would have it reload for ever."""
+    server = await serve(chat.Settings(MESSAGE_BURST=1000))
+    ws = await connect(await sign_in(server))
+    for frame in BAD_EVENTS:
+        await ws.send_str(frame)
+        error = await read(ws, "error", "receipt")
+        assert error["text"].endswith("."), frame
+        assert error == {"type": "error", "code": "bad_event", "text": error["text"]}
+    await ws.send_bytes(b"\xff\xfe")
+    assert (await read(ws, "error"))["code"] == "bad_event"
+    await ws.send_str(event(id=99, user="eve", more=["\ud800"]))  # is ignored
+    message = await read(ws, "message")
+    assert (message["id"], message["user"]) == (1, "ann") and "more" not in message
+    assert caplog.text == ""
+
+
+async def test_generated_frames_never_break_the_socket(serve, caplog):
+    """Any JSON, any text, any bytes: an answer, or the message; never silence."""
+
+    def frames(st):
+        text = st.text(st.characters(), max_size=70)
+        scalar = st.none() | st.booleans() | st.floats() | st.integers() | text
+        value = st.recursive(scalar, lambda v: st.lists(v) | st.dictionaries(text, v))
+        fields = {"type": st.just("message") | value, "text": value, "nonce": value}
+        names = st.sampled_from(["type", "text", "nonce", "id"])
+        events = st.fixed_dictionaries(fields) | st.dictionaries(names, value)
+        return events | value | text | st.binary(max_size=50)
+
+    ws = await connect(await sign_in(await serve(chat.Settings(MESSAGE_BURST=1000))))
+    for frame in examples(frames, 200):
+        if isinstance(frame, bytes):
+            await ws.send_bytes(frame)
+        else:
+            await ws.send_str(json.dumps(frame))
+        assert (await read(ws, "error", "receipt"))["type"] in {"error", "receipt"}
+    assert (await say(ws, "still here"))["text"] == "still here"
+    assert caplog.text == ""
+
+
+INVISIBLE = [
+    "", " \n\t", "\u200b" * 3, "\u3164", "\u2800\u2800", "\u00ad", "\u2060\ufeff",
+    "\u202e \u202c", "\u2028\u2029", "\0\x1b", "\U000e0041\U000e007f", "\n" * 1_000,
+]  # fmt: skip
+
+
+async def test_empty_and_too_long_are_errors_that_name_the_nonce(serve):
+    """Empty is what shows nothing; too long are characters, not bytes."""
+    server = await serve(chat.Settings(MAX_MESSAGE_LENGTH=1_000, MESSAGE_BURST=1000))
+    ws = await connect(await sign_in(server))
+    for texts, code in (INVISIBLE, "empty"), (["x" * 1_001], "too_long"):
+        for text in texts:
+            error = await send(ws, text, "n1")
+            assert (error["type"], error.get("code")) == ("error", code), ascii(text)
+    for text in "\u200bx", "😀\ufe0f", "\u0301", "–", "😀" * 1_000:
+        assert (await say(ws, text))["text"] == text
+
+
+async def test_longest_message_fits_in_however_it_is_written(serve):
+    server = await serve(chat.Settings(MAX_MESSAGE_LENGTH=10_000))
+    from_ann = await connect(await sign_in(server, "ann"))
+    from_bob = await connect(await sign_in(server, "bob"))
+    for text in "😀" * 10_000, "\0" * 9_999 + "x", "é" * 10_000:
+        assert (await say(from_ann, text))["text"] == text
+        assert (await read(from_bob, "message"))["text"] == text
+
+
+async def test_frame_too_big_closes_with_1009(server):
+    ann = await sign_in(server)
+    ws = await connect(ann)
+    await ws.send_str("x" * 200_000)
+    assert await closed(ws) == 1009
+    assert (await connect(ann)).welcome["user"] == "ann"
+
+
+async def test_every_frame_counts_toward_its_users_limit_on_whichever_socket(serve):
+    """Also the refused ones, pings and pongs; and coming back refills nothing."""
+    server = await serve(chat.Settings(MESSAGE_BURST=10, MESSAGES_PER_SECOND=5))
+    ann, from_bob = await sign_in(server), await connect(await sign_in(server, "bob"))
+    first, second = await connect(ann), await connect(ann)
+    started = time.monotonic()
+    for ws in first, second:
+        for frame in "", "rubbish", event(text=""):
+            await ws.send_str(frame)
+        for frame in first.ping, first.pong, ws.send_bytes:
+            await frame(b"x")
+    await until(lambda: is_answered(second, 4))
+    await first.close()
+    assert (await send(await connect(ann), "hello", "n1"))["type"] == "receipt"
+    # 14 frames, of which 10 pass at once: the others take 0.2 seconds each, at least.
+    assert time.monotonic() - started >= 0.8
+    async with asyncio.timeout(0.8 * 5):
+        for number in range(10):  # Bob has a limit of his own
+            await send(from_bob, "hello", f"{number}")
+
+
+async def is_answered(ws, count):
+    for _ in range(count):
+        await read(ws, "error")
+    return True
+
+
+async def test_sender_beyond_the_limit_is_not_read_delays_nobody_and_loses_nothing(
+    serve,
+):
+    server = await serve(chat.Settings(MESSAGE_BURST=1, MESSAGES_PER_SECOND=500))
+    from_ann = await connect(await sign_in(server, "ann"))
+    from_bob = await connect(await sign_in(server, "bob"))
+    (mine,) = sockets_of(server, "ann")
+
+    async def flood():
+        for number in range(1_500):
+            await send_only(from_ann, "x" * 900, f"n{number}")
+
+    started, flooding = time.monotonic(), asyncio.create_task(flood())
+    await until(lambda: not mine.transport.is_reading())
+    await say(from_bob, "hello")
+    nonces = [(await read(from_ann, "receipt"))["nonce"] for _ in range(1_500)]
+    assert nonces == [f"n{number}" for number in range(1_500)]
+    assert time.monotonic() - started >= 2.9
+    await flooding
+
+
+async def test_one_window_too_many_is_refused_before_its_upgrade(serve):
+    """Also if handshakes come at once; and the limit is per person."""
+    server = await serve(chat.Settings(CONNECTIONS_PER_PERSON=2))
+    ann = await sign_in(server, "ann")
+    attempts = [ann.ws_connect("/ws") for _ in range(5)]
+    results = await asyncio.gather(*attempts, return_exceptions=True)
+    refused = [error for error in results if isinstance(error, Exception)]
+    assert [error.status for error in refused] == [429, 429, 429]
+    response = await ann.get("/ws")
+    assert response.status == 429 and "2 windows" in await response.text()
+    await connect(await sign_in(server, "bob"))
+    await next(ws for ws in results if ws not in refused).close()
+    await until(lambda: len(sockets_of(server, "ann")) == 1)
+    assert (await ann.get("/ws")).status == 400  # a plain GET, which is no handshake
+    await connect(ann)
+
+
+async def test_heartbeat_tells_every_reader_the_newest_number(serve, monkeypatch):
+    assert chat.HEARTBEAT == 20
+    monkeypatch.setattr(chat, "HEARTBEAT", 0.05)
+    server = await serve(chat.Settings())
+    sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
+    for ws in sockets:
+        assert await read(ws, "heartbeat") == {"type": "heartbeat", "last": 0}
+    await say(sockets[0], "hello")
+    for ws in sockets:
+        while (heartbeat := await read(ws, "heartbeat"))["last"] == 0:
+            pass
+        assert heartbeat["last"] == 1
+
+
+async def test_user_is_online_while_any_process_has_the_name(monkeypatch):
+    now, told, room = 1_000.0, [], chat.Room(None, chat.Settings())
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(chat, "broadcast", lambda room, event: told.append(event))
+
+    def look(*names):
+        told.clear()
+        chat.announce(room, set(names))
+        return [(event["type"], event["user"]) for event in told]
+
+    assert look("ann", "bob") == [("joined", "ann"), ("joined", "bob")]
+    assert look("ann") == look() == []  # a restart, a reload
+    now += chat.GRACE - 0.1
+    assert look("bob", "eve") == [("joined", "eve")]
+    now += 0.1
+    assert look("eve") == [("left", "ann")]  # Bob came back in between
+    now += chat.GRACE
+    assert look("eve") == [("left", "bob")]
+    assert look("ann", "eve") == [("joined", "ann")]
+
+
+async def test_users_see_each_other_come_and_go_once_for_all_their_tabs(server):
+    """A reload is no departure, and is not told."""
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann = await connect(ann)
+    assert from_ann.welcome["online"] == ["ann"]
+    assert await read(from_ann) == {"type": "joined", "user": "ann"}
+    tabs = [await connect(bob) for _ in range(2)]
+    assert tabs[1].welcome["online"] == ["ann", "bob"]
+    assert await read(from_ann) == {"type": "joined", "user": "bob"}
+    for _ in range(2):  # a reload of both
+        for tab in tabs:
+            await tab.close()
+        tabs = [await connect(bob) for _ in range(2)]
+    await tabs[0].close()
+    await asyncio.sleep(chat.GRACE + 1)
+    await say(tabs[1], "still here")
+    assert (await read(from_ann))["type"] == "message"
+    await tabs[1].close()
+    assert await read(from_ann) == {"type": "left", "user": "bob"}
+
+
+async def test_outage_is_no_departure_and_what_happened_meanwhile_is_told_after_it(
+    own_mongodb, serve, caplog
+):
+    server = await serve(on(own_mongodb.uri))
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    from_ann, from_bob = await connect(ann), await connect(bob)
+    while await read(from_ann, "joined") != {"type": "joined", "user": "bob"}:
+        pass
+    own_mongodb.freeze()
+    await from_bob.close()
+    await asyncio.sleep(chat.GRACE + chat.DEADLINE + 1)
+    assert "bob" in server.app[chat.ROOM].online
+    own_mongodb.thaw()
+    assert await read(from_ann) == {"type": "left", "user": "bob"}
+    lines = [line for line in caplog.messages if line.startswith("Presence")]
+    assert len(lines) == 1
+
+
+async def stall(server, session, path="/ws"):
+    """Open a WebSocket that never reads, with as little room as the kernel allows."""
+    (cookie,) = session.cookie_jar
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    sock.connect(("127.0.0.1", server.port))
+    lines = [f"GET {path} HTTP/1.1", "Host: localhost", "Upgrade: websocket"]
+    lines += ["Connection: Upgrade", "Sec-WebSocket-Version: 13"]
+    lines += [
+        f"Sec-WebSocket-Key: {22 * 'x'}==",
+        f"Cookie: {cookie.key}={cookie.value}",
+    ]
+    sock.send("\r\n".join([*lines, "", ""]).encode())
+    return sock
+
+
+def reset_at_close(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+async def test_reader_that_stops_reading_delays_nobody_and_is_cut_off(serve):
+    settings = chat.Settings(MAX_MESSAGE_LENGTH=10_000, MAX_UNSENT_BYTES=100_000)
+    server = await serve(settings)
+    room = server.app[chat.ROOM]
+    from_ann = await connect(await sign_in(server, "ann"))
+    with await stall(server, (await sign_in(server, "bob")).session):
+        await until(lambda: sockets_of(server, "bob"))
+        for number in range(1, 1001):  # 40 MB, far beyond what the kernel holds
+            await chat.post(room, EVE, "😀" * 10_000, f"{number}")
+            assert (await read(from_ann, "message"))["id"] == number
+            for one in room.sockets:
+                assert one.transport.get_write_buffer_size() < 200_000
+            if len(room.sockets) == 1:
+                break
+        assert sockets_of(server, "ann") and not sockets_of(server, "bob")
+
+
+async def test_reader_that_stops_or_goes_during_its_replay_delays_nobody(serve, caplog):
+    server = await serve(chat.Settings(MAX_MESSAGE_LENGTH=10_000))
+    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
+    await fill(server, 300, text="😀" * 10_000)
+    with await stall(server, bob.session, "/ws?after=0") as reader:
+        await until(lambda: sockets_of(server, "bob"))
+        ws = await connect(ann, after=0)
+        assert len(ws.replayed) == 300
+        assert (await say(ws, "next"))["id"] == 301
+        (stalled,) = sockets_of(server, "bob")
+        await until(lambda: stalled.transport.get_write_buffer_size() > 10_000)
+        reset_at_close(reader)
+    await until(lambda: not sockets_of(server, "bob"))
+    assert caplog.text == ""
+
+
+async def test_client_that_is_gone_in_the_middle_of_an_answer_is_no_error(
+    serve, caplog
+):
+    server = await serve(chat.Settings())
+    with await stall(server, (await sign_in(server)).session) as client:
+        await until(lambda: sockets_of(server, "ann"))
+        client.send(500 * b"\x81\x81\0\0\0\0x")  # each gets an answer
+        reset_at_close(client)
+    await until(lambda: not server.app[chat.ROOM].sockets)
+    assert caplog.text == ""
+
+
+async def test_client_that_answers_no_ping_is_cut_off(serve, monkeypatch):
+    """It may have lost its network, which no packet tells."""
+    assert chat.SOCKET["heartbeat"] == 30
+    monkeypatch.setitem(chat.SOCKET, "heartbeat", 0.2)
+    server = await serve(chat.Settings())
+    with await stall(server, (await sign_in(server)).session):
+        await until(lambda: sockets_of(server, "ann"))
+        await until(lambda: not sockets_of(server, "ann"))
+
+
+def test_frame_is_what_the_protocol_says():
+    for length in 1, 40, 50, 60, 1000, 30_000, 70_000:
+        fields = {"type": "x", "text": "é" * length}
+        frame = chat.encode_frame(fields)
+        payload = json.dumps(fields, ensure_ascii=False).encode()
+        ((opcode, content), *more), rest = parse_frames(frame)
+        assert (opcode, content, more, rest) == (1, payload, [], b"")
+
+
+def parse_frames(data):
+    """Return the (opcode, payload) of each whole frame of a server's, and the rest."""
+    frames = []
+    while len(data) >= 2:
+        size, start = data[1], 2
+        if size > 125:
+            start = 4 if size == 126 else 10
+            size = int.from_bytes(data[2:start])
+            assert size > 125 if start == 4 else size > 65_535  # the shortest form
+        if len(data) < start + size:
+            break
+        assert data[0] & 0xF0 == 0x80  # final, and nothing compressed
+        frames.append((data[0] & 0x0F, data[start : start + size]))
+        data = data[start + size :]
+    return frames, data
+
+
+def masked(opcode, payload):
+    """Make a frame of a client's, whose mask changes nothing."""
+    size = bytes([0x80 | len(payload)])
+    if len(payload) > 125:
+        size = b"\xfe" + struct.pack("!H", len(payload))
+    return bytes([0x80 | opcode]) + size + bytes(4) + payload
+
+
+async def test_aiohttps_writes_and_ours_keep_their_order_on_one_socket(serve):
+    """Replay, pongs, pings and the close frame are aiohttp's; the others are ours.
+
+    We write beneath its writer. If that held back, split or compressed a frame of its
+    own, then frames would change places, or break.
+    """
+    settings = chat.Settings(MESSAGE_BURST=1000, MAX_MESSAGE_LENGTH=10_000)
+    server = await serve(settings)
+    ann, room, data = await sign_in(server), server.app[chat.ROOM], b""
+    await fill(server, 30, text="😀" * 10_000)
+    (cookie,) = ann.session.cookie_jar
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    lines = ["GET /ws?after=0 HTTP/1.1", "Host: localhost", "Upgrade: websocket"]
+    lines += ["Connection: Upgrade", "Sec-WebSocket-Version: 13"]
+    lines += ["Sec-WebSocket-Extensions: permessage-deflate"]
+    lines += [
+        f"Sec-WebSocket-Key: {22 * 'x'}==",
+        f"Cookie: {cookie.key}={cookie.value}",
+    ]
+    writer.write("\r\n".join([*lines, "", ""]).encode())
+    assert b"101" in await reader.readuntil(b"\r\n\r\n")
+    sent = [(9, b"p%d" % n) if n % 2 else (1, event(nonce=f"n{n}").encode())
+            for n in range(60)]  # fmt: skip
+    writer.write(b"".join(masked(*frame) for frame in sent))
+    await until(lambda: sockets_of(server, "ann") and sockets_of(server, "ann")[0].live)
+    (mine,) = sockets_of(server, "ann")
+    for number in range(31, 61):
+        await chat.post(room, EVE, "y" * 5_000, f"{number}")
+        await mine.ws.ping(b"from aiohttp")
+    await until(lambda: room.history.last == 90)
+    await chat.close([mine])
+    chat.broadcast(room, {"type": "too late"})
+    chat.flush(room)
+    data = await asyncio.wait_for(reader.read(), 10)
+    frames, rest = parse_frames(data)
+    writer.close()
+    events = [json.loads(payload) for opcode, payload in frames if opcode == 1]
+    assert rest == b"" and frames[-1] == (8, struct.pack("!H", 1001))
+    told = [e.get("id") or e["type"] for e in events if e["type"] not in {"receipt"}]
+    assert [n for n in told if isinstance(n, int)] == list(range(1, 91))
+    assert told.index("welcome") == told.index(30) + 1 and "too late" not in told
+    assert frames.count((9, b"from aiohttp")) == 30
+    answers = [p if o == 10 else json.loads(p)["nonce"].encode() for o, p in frames
+               if o == 10 or (o == 1 and b'"receipt"' in p)]  # fmt: skip
+    assert answers == [b"p%d" % n if n % 2 else b"n%d" % n for n in range(60)]
+
+
+class Recorder:
+    """A transport that notes what is written to it."""
+
+    def __init__(self, transport):
+        self.transport, self.writes = transport, []
+
+    def __getattr__(self, name):
+        return getattr(self.transport, name)
+
+    def write(self, data):
+        self.writes.append(data)
+        self.transport.write(data)
+
+
+async def test_frames_that_fall_due_together_leave_in_one_write(serve):
+    server = await serve(chat.Settings())
+    ws, room = await connect(await sign_in(server)), server.app[chat.ROOM]
+    (mine,) = room.sockets
+    mine.transport = Recorder(mine.transport)
+    await asyncio.gather(*(chat.post(room, EVE, "x", f"{n}") for n in range(8)))
+    assert [(await read(ws, "message"))["id"] for _ in range(8)] == list(range(1, 9))
+    assert len(mine.transport.writes) < 8
+
+
+async def test_socket_that_is_closing_gets_nothing_after_the_close_frame(serve):
+    server = await serve(chat.Settings())
+    ann, room = await sign_in(server), server.app[chat.ROOM]
+    ws = await connect(ann)
+    (mine,) = room.sockets
+    other = await connect(ann)
+    closing = asyncio.create_task(mine.ws.close(code=1001, drain=False))
+    await asyncio.sleep(0)  # the close frame is out, the socket still in the room
+    mine.transport = Recorder(mine.transport)
+    chat.broadcast(room, {"type": "left", "user": "nobody"})
+    chat.flush(room)
+    assert mine in room.sockets and mine.transport.writes == []
+    assert await read(other, "left") == {"type": "left", "user": "nobody"}
+    assert await closed(ws) == 1001
+    await closing
+
+
+# ==============================================================================
+# 6. Routes and static
+# ==============================================================================
+def test_routes_have_the_names_and_paths_of_the_contract():
+    app = chat.init_app(chat.Settings())
+    paths = {route.name: route.resource.canonical for route in app.router.routes()}
+    assert paths == {
+        "main": "/", "chat": "/ws", "login": "/login", "signin": "/signin",
+        "signout": "/signout", "static": "/static",
+    }  # fmt: skip
+
+
+async def test_every_page_carries_the_security_headers_and_a_websocket_none(serve):
+    """A WebSocket would keep them in memory for hours."""
+    server = await serve(chat.Settings())
+    visitor = await server.visitor()
+    for path in "/login", "/nothing", "/static/chat.js", "/ws":
+        headers = (await visitor.get(path)).headers
+        assert "default-src 'self'" in headers["Content-Security-Policy"]
+        assert "unsafe" not in headers["Content-Security-Policy"]
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "same-origin"
+    page = await (await visitor.get("/login")).text()
+    assert '<meta name="referrer" content="same-origin">' in page
+    headers = (await connect(await sign_in(server)))._response.headers
+    assert "Content-Security-Policy" not in headers
+
+
+@pytest.mark.parametrize(
+    ("host", "framed_by"),
+    [
+        ("127.0.0.1:8080", "'self' http://127.0.0.1:*"),
+        ("localhost", "'self' http://localhost:*"),
+        ("[::1]:8080", "'self' http://[::1]:*"),
+        (ORIGIN, "'self'"),
+    ],
+)
+async def test_page_may_be_framed_by_this_host_unless_origin_is_set(
+    serve, host, framed_by
+):
+    """A notebook on another port shows the chat in a frame."""
+    origin = host if host == ORIGIN else ""
+    visitor = await (await serve(chat.Settings(ORIGIN=origin))).visitor()
+    headers = {"Host": host.removeprefix("https://")}
+    policy = (await visitor.get("/login", headers=headers)).headers
+    policy = policy["Content-Security-Policy"]
+    assert policy.partition("frame-ancestors ")[2] == framed_by
+
+
+async def test_odd_headers_break_nothing(serve, caplog):
+    def lines(st):
+        value = st.binary(max_size=60).map(lambda data: re.sub(rb"[\r\n\0]", b"", data))
+        names = [b"Cookie", b"Origin", b"Host", b"X-Forwarded-Host", b"Content-Type"]
+        names += [b"Upgrade", b"Connection", b"Content-Length", b"Referer"]
+        header = st.tuples(st.sampled_from(names), value).map(b": ".join)
+        return header | value.map(lambda data: b"Cookie: CHAT_8080=" + data)
+
+    server = await serve(chat.Settings())
+    odd = [b"Host:", b"\xff: x", b"X: " + 9_000 * b"y", b"Expect: rubbish"]
+    odd += [b"Transfer-Encoding: rubbish", b"Content-Length: -1", b"Host: [::1"]
+    for line in odd + examples(lines, 100):
+        for request in b"GET /", b"GET /ws", b"POST /login":
+            answer = await raw_request(server, request, line, b"Content-Length: 0")
+            assert re.match(rb"HTTP/1.[01] [34]", answer), (line, answer[:200])
+    assert "Traceback" not in caplog.text
+
+
+# ==============================================================================
+# 7. Startup and shutdown
+# ==============================================================================
+def test_importing_the_module_starts_nothing():
+    code = "import threading, chat; assert threading.active_count() == 1"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_chat_starts_with_nothing_set_and_stops_without_a_word(start, number):
+    code, output, errors = start().wait_until_ready().stop(number)
+    assert (code, errors) == (0, "")
+    assert "live in memory only" in output and "CTRL+C" in output
+    assert re.search(r"http://127\.0\.0\.1:\d+", output)
+
+
+@pytest.mark.parametrize("redirection", ["| head -1", ">&-", ">&- 2>&- <&-"])
+def test_nobody_has_to_listen_to_what_the_chat_prints(start, redirection):
+    """As in a pipe that ends after a line, or without a console."""
+    port = unused_port()
+    script = f"{sys.executable} chat.py {redirection}"
+    process = subprocess.Popen(
+        ["bash", "-c", f"set -o pipefail; PORT={port} exec {script}"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: can_connect(port))
+        for _ in range(2):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/login") as response:
+                assert response.status == 200
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, b"")
+
+
+def test_task_that_fails_is_logged_and_ends_the_process(start, tmp_path):
+    """The host starts it again; otherwise the room would stay silent."""
+    script = tmp_path / "broken.py"
+    fault = "chat.HEARTBEAT, chat.broadcast = 1, None"
+    script.write_text(f"import chat\n{fault}\nchat.main()\n")
+    code, output, errors = start(script).end()
+    assert code == 1 and "CTRL+C" in output
+    assert errors.count("A background task failed") == 1
+    assert "in keep_alive" in errors and "TypeError" in errors
+
+
+@pytest.mark.parametrize("name", ["follow", "keep_presence", "keep_alive"])
+async def test_every_background_task_is_watched(monkeypatch, caplog, name):
+    async def fail(room):
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(chat, name, fail)
+    runner = chat.web.AppRunner(chat.init_app(chat.Settings()))
+    with pytest.raises(BaseException) as caught:
+        await runner.setup()
+        await asyncio.sleep(10)  # the group cancels whoever entered it
+    assert isinstance(caught.value, asyncio.CancelledError | BaseExceptionGroup)
+    asyncio.current_task().uncancel()
+    with contextlib.suppress(BaseExceptionGroup):
+        await runner.cleanup()
+    assert "KeyError: 'a fault of ours'" in caplog.text
+
+
+async def test_database_that_cannot_be_followed_ends_the_start(mongodb, monkeypatch):
+    """As with a MongoDB user that may read and write, but not watch."""
+    monkeypatch.setattr(chat, "PIPELINE", [{"$match": {"$nonsense": 1}}])
+    monkeypatch.setattr(chat, "DEADLINE", 2)
+    before = asyncio.all_tasks()
+    runner = chat.web.AppRunner(chat.init_app(on(mongodb)))
+    with pytest.raises(chat.CannotStart, match="did not open in time"):
+        await runner.setup()
+    await runner.cleanup()
+    assert asyncio.all_tasks() == before
+
+
+def test_connections_beyond_the_limit_of_open_files_are_one_line(start, tmp_path):
+    """The chat raises its own limit as far as it may: here to 64 files."""
+    script = tmp_path / "limited.py"
+    limit = "import resource as r\nr.setrlimit(r.RLIMIT_NOFILE, (32, 64))\n"
+    script.write_text(f"{limit}import chat\nchat.main()\n")
+    process = start(script).wait_until_ready()
+    assert resource.prlimit(process.process.pid, resource.RLIMIT_NOFILE) == (64, 64)
+    with contextlib.ExitStack() as crowd:
+        for _ in range(100):
+            address = "127.0.0.1", process.port
+            crowd.enter_context(socket.create_connection(address))
+        time.sleep(1)
+    with urllib.request.urlopen(process.url + "/login", timeout=10) as response:
+        assert response.status == 200
+    code, _, errors = process.stop()
+    assert (code, errors.count("\n")) == (0, 1), errors[:2_000]
+    assert "out of system resource" in errors
+
+
+async def test_log_of_requests_has_no_password_hash_and_no_email(start, mongodb):
+    environment = {"MONGO_HOST": mongodb, "MONGO_DB_NAME": f"test-{ObjectId()}"}
+    environment |= {"SECRET_KEY": KEY, "LOG_REQUESTS": "true"}
+    process = start(**environment).wait_until_ready()
+    async with aiohttp.ClientSession(process.url) as visitor:
+        data = form("ann", email="ann@example.org")
+        for path in "/signin", "/signin", "/login":
+            await visitor.post(path, data=data)
+    code, _, errors = await asyncio.to_thread(process.stop)
+    assert code == 0 and '"POST /signin HTTP/1.1" 303' in errors
+    assert "argon2" not in errors and "ann@" not in errors and PASSWORD not in errors
+
+
+def test_repeated_line_is_logged_once_a_minute_whatever_a_client_puts_into_it(
+    monkeypatch, caplog
+):
+    now = 1_000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    chat.init_app(chat.Settings())
+    for name in (
+        "chat",
+        "aiohttp.server",
+        "aiohttp_session",
+        "asyncio",
+        "pymongo.client",
+    ):
+        for number in range(3):
+            logging.getLogger(name).warning(f"{name} has seen %s", number)
+    assert len(caplog.messages) == 5
+    now += 60
+    logging.getLogger("chat").warning("chat has seen %s", 4)
+    assert len(caplog.messages) == 6
+
+
+def test_database_that_never_answers_is_one_line_and_exit_code_2(start):
+    """So is a file of MONGO_HOST's that is not there: the address is not to blame."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uris = (
+            f"mongodb://ann:s3cret@127.0.0.1:{silent.getsockname()[1]}/",
+            ("mongodb://127.0.0.1/?tls=true&tlsCAFile=/nowhere"),
+        )
+        for process in [start(MONGO_HOST=uri, SECRET_KEY=KEY) for uri in uris]:
+            code, _, errors = process.end()
+            assert (code, errors.count("\n")) == (2, 1), errors
+            assert errors.startswith("chat: MONGO_HOST ") and "s3cret" not in errors
+
+
+def test_address_that_cannot_be_listened_on_is_one_line(start):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        wrong = [{"PORT": str(taken.getsockname()[1])}]
+        hosts = "no.such.host.invalid", "1.2.3.4", "a..b", "x" * 70
+        wrong += [{"SITE_HOST": host} for host in hosts]
+        for process in [start(**settings) for settings in wrong]:
+            code, _, errors = process.end()
+            assert (code, errors.count("\n")) == (2, 1), errors
+            assert errors.startswith("chat: SITE_HOST and PORT ")
+
+
+async def test_every_socket_is_closed_with_1001(serve, settings):
+    server = await serve(settings)
+    sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
+    codes = asyncio.gather(*map(closed, sockets))
+    await asyncio.sleep(0)
+    await server.close()
+    assert await codes == [1001, 1001]
+
+
+async def test_a_thousand_sockets_close_at_once_and_a_stalled_reader_holds_nothing(
+    start,
+):
+    limits = {"MESSAGES_PER_SECOND": "1000", "MESSAGE_BURST": "1000"}
+    limits |= {"MAX_MESSAGE_LENGTH": "10000", "MAX_UNSENT_BYTES": str(1 << 30)}
+    process = start(CONNECTIONS_PER_PERSON="1001", **limits).wait_until_ready()
+    jar, connector = aiohttp.CookieJar(unsafe=True), aiohttp.TCPConnector(limit=0)
+    options = {"connector": connector, "cookie_jar": jar}
+    async with aiohttp.ClientSession(process.url, **options) as session:
+        await session.post("/signin", data=form("ann"))
+        with await stall(process, session):
+            ws = await session.ws_connect("/ws")
+            for _ in range(400):  # 16 MB: the kernel holds about 4 of them
+                await say(ws, "😀" * 10_000)
+            sockets = [await session.ws_connect("/ws") for _ in range(999)]
+            codes = [asyncio.create_task(closed(ws)) for ws in [ws, *sockets]]
+            process.process.send_signal(signal.SIGINT)
+            assert set(await asyncio.gather(*codes)) == {1001}
+            code, _, errors = await asyncio.to_thread(process.end, 8)
+    assert (code, errors) == (0, "")
