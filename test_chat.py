@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 import urllib.request
-from urllib.parse import urlencode
 
 import aiohttp
 import pymongo
@@ -36,7 +35,6 @@ from tests.parts import (
     KEY,
     PASSWORD,
     ROOT,
-    Mongod,
     Server,
     can_connect,
     closed,
@@ -51,9 +49,20 @@ from tests.parts import (
     sign_in,
     until,
     wait_for,
-)
+)  # fmt: skip
 
 EVE = {"_id": ObjectId(), "name": "eve"}  # a user who writes without a socket
+ORIGIN = "https://chat.example"
+
+
+@pytest.fixture
+async def memory(serve):
+    """The chat with its default settings."""
+    return await serve(chat.Settings())
+
+
+async def connect_two(server):
+    return [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
 
 
 async def fill(server, count, text="text {}"):
@@ -68,20 +77,19 @@ def sockets_of(server, name):
     return [s for s in server.app[chat.ROOM].sockets if s.user["name"] == name]
 
 
-async def operate(server, write):
-    """Do to the database what an operator would do, as the chat's own docs say."""
+async def edit(server, number, **fields):
+    """Change a stored message, as an operator would."""
+    db, options = server.app[chat.ROOM].db, {"return_document": True}
+    query = db.messages.find_one_and_update(
+        {"_id": number}, {"$set": fields}, **options
+    )
+    await (query if db.shared else db.edit("update", query))
+
+
+async def delete_ann(server):
     db = server.app[chat.ROOM].db
-    await (write(db) if db.shared else db.edit(write(db)))
-
-
-async def blank(server, number):
-    change = {"$set": {"text": ""}}
-    await operate(server, lambda db: db.messages.update_one({"_id": number}, change))
-
-
-async def break_stream(server):
-    """In memory: make the room read everything again, as it does after an outage."""
-    await server.app[chat.ROOM].db.edit(asyncio.sleep(0))
+    query = db.users.find_one_and_delete({"name": "ann"})
+    await (query if db.shared else db.edit("delete", query))
 
 
 async def heard_until(nonce, ws):
@@ -103,21 +111,6 @@ async def raw_request(server, line, *headers, body=b""):
         writer.close()
 
 
-def examples(strategy, count):
-    """Generate that many inputs, the same on every run."""
-    import hypothesis  # here, so that one test alone starts at once
-
-    found = []
-
-    @hypothesis.settings(max_examples=count, database=None, derandomize=True)
-    @hypothesis.given(strategy(hypothesis.strategies))
-    def collect(example):
-        found.append(example)
-
-    collect()
-    return found
-
-
 # ==============================================================================
 # 1. Settings
 # ==============================================================================
@@ -133,22 +126,28 @@ def test_environment_wins_over_env_file(monkeypatch, tmp_path):
 def test_example_has_every_setting_with_its_default_in_order():
     lines = (ROOT / ".env.example").read_text().splitlines()
     assignments = [line for line in lines if line and not line.startswith("#")]
-    expected = []
-    for name, default in chat.Settings().model_dump().items():
-        default = str(default).lower() if isinstance(default, bool) else default
-        expected.append(f"{name}={default}")
-    assert assignments == expected
+    defaults = chat.Settings().model_dump()
+    assert [line.partition("=")[0] for line in assignments] == list(defaults)
+    values = [line.partition("=")[2].lower() for line in assignments]
+    assert values == [str(default).lower() for default in defaults.values()]
 
 
+@pytest.fixture
 def run_main(monkeypatch, capsys):
     """Run the chat up to the point where it would serve; return its exit code and
     what it said and complained of."""
-    monkeypatch.setattr(chat, "run", lambda settings: None)
-    try:
-        code = chat.main()
-    except SystemExit as exit:
-        code = exit.code
-    return code, *capsys.readouterr()
+    monkeypatch.setattr(chat, "run", lambda *_: 0)
+
+    def run_main(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        try:
+            code = chat.main()
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run_main
 
 
 WRONG = [
@@ -163,75 +162,55 @@ WRONG = [
 
 
 @pytest.mark.parametrize("assignment", WRONG)
-def test_wrong_setting_is_one_line_with_its_name(monkeypatch, capsys, assignment):
+def test_wrong_setting_is_one_line_with_its_name(run_main, assignment):
     name, _, value = assignment.partition("=")
-    monkeypatch.setenv(name, value)
-    code, output, errors = run_main(monkeypatch, capsys)
+    code, output, errors = run_main(**{name: value})
     assert (code, output, errors.count("\n")) == (2, "", 1)
     assert errors.startswith(f"chat: {name}: ")
 
 
-def test_all_wrong_settings_are_told_at_once_and_none_with_a_password(start):
-    wrong = dict(assignment.split("=", 1) for assignment in WRONG)
-    uri = "mongodb://ann:s3cret@127.0.0.1:1"
-    code, output, errors = start(**wrong, MONGO_HOST=uri).end()
-    told = {re.match("chat: ([A-Z_]+): ", line)[1] for line in errors.splitlines()}
-    assert (code, output, told) == (2, "", set(wrong))
-    assert "s3cret" not in errors
-
-
-def test_mongodb_needs_a_secret_key_and_the_line_says_how_to_make_one(
-    monkeypatch, capsys
-):
-    """Several processes need the same key; in memory each run may make its own."""
-    assert run_main(monkeypatch, capsys) == (None, "", "")
-    monkeypatch.setenv("MONGO_HOST", "mongodb://localhost")
-    code, _, errors = run_main(monkeypatch, capsys)
-    assert (code, errors.count("\n")) == (2, 1) and "SECRET_KEY: " in errors
+def test_mongodb_needs_a_secret_key_and_the_line_says_how_to_make_one(run_main):
+    """All wrong settings are told at once, and no password is."""
+    assert run_main() == (0, "", "")
+    code, _, errors = run_main(MONGO_HOST="mongodb://ann:s3cret@localhost", PORT="x")
+    assert (code, errors.count("\n")) == (2, 2) and "SECRET_KEY: " in errors
+    assert "PORT: " in errors and "s3cret" not in errors
     program = re.search('python -c "(.+)"', errors)[1]
-    made = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE)
-    monkeypatch.setenv("SECRET_KEY", made.stdout.decode().strip())
-    assert run_main(monkeypatch, capsys) == (None, "", "")
+    key = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert run_main(SECRET_KEY=key.strip(), PORT="1") == (0, "", "")
 
 
-def test_host_and_debug_in_the_environment_disturb_nothing(monkeypatch, capsys):
-    """conda exports HOST, and Node's users set DEBUG."""
-    monkeypatch.setenv("HOST", "x86_64-conda-linux-gnu")
-    monkeypatch.setenv("DEBUG", "app:*")
-    assert run_main(monkeypatch, capsys) == (None, "", "")
-
-
-def test_old_name_in_env_file_is_told_in_one_line(monkeypatch, capsys, tmp_path):
+def test_old_names_are_told_if_the_env_file_has_them(monkeypatch, run_main, tmp_path):
+    """In the environment they are not ours: conda exports HOST, Node's users DEBUG."""
+    assert run_main(HOST="x86_64-conda-linux-gnu", DEBUG="app:*") == (0, "", "")
     (tmp_path / ".env").write_text("HOST=0.0.0.0\nDEBUG=true\nEDITOR=vi\n")
     monkeypatch.setitem(chat.Settings.model_config, "env_file", tmp_path / ".env")
-    code, output, errors = run_main(monkeypatch, capsys)
+    code, output, errors = run_main()
     first, second = sorted((output + errors).splitlines())
-    assert code is None
-    assert "DEBUG" in first and "LOG_REQUESTS" in first
+    assert code == 0 and "DEBUG" in first and "LOG_REQUESTS" in first
     assert "HOST" in second and "SITE_HOST" in second
 
 
-def test_env_file_with_other_bytes_than_text_is_one_line(monkeypatch, capsys, tmp_path):
+def test_env_file_with_other_bytes_than_text_is_one_line(
+    monkeypatch, run_main, tmp_path
+):
     (tmp_path / ".env").write_bytes(b"PORT=\xff\xfe")
     monkeypatch.setitem(chat.Settings.model_config, "env_file", tmp_path / ".env")
-    code, _, errors = run_main(monkeypatch, capsys)
-    assert (code, errors) == (2, "chat: .env must be a text file in UTF-8\n")
+    assert run_main() == (2, "", "chat: .env must be a text file in UTF-8\n")
 
 
-@pytest.mark.parametrize(
-    ("typed", "sent"),
-    [
-        ("HTTPS://Chat.Example:443/", "https://chat.example"),
-        ("http://chat.example:80", "http://chat.example"),
-        ("https://chat.example:8443", "https://chat.example:8443"),
-        ("https://bücher.example", "https://xn--bcher-kva.example"),
-        ("http://[::1]:8080/", "http://[::1]:8080"),
-        ("", ""),
-    ],
-)
-def test_origin_is_kept_as_browsers_send_it(typed, sent):
-    settings = chat.Settings(ORIGIN=typed)
-    assert sent == settings.ORIGIN
+SPELLINGS = {
+    "HTTPS://Chat.Example:443/": "https://chat.example",
+    "http://chat.example:80": "http://chat.example",
+    "https://chat.example:8443": "https://chat.example:8443",
+    "https://bücher.example": "https://xn--bcher-kva.example",
+    "http://[::1]:8080/": "http://[::1]:8080",
+}
+
+
+@pytest.mark.parametrize("typed", SPELLINGS)
+def test_origin_is_kept_as_browsers_send_it(typed):
+    assert SPELLINGS[typed] == chat.Settings(ORIGIN=typed).ORIGIN
 
 
 async def test_secret_key_may_be_any_text_that_an_environment_can_hold(serve):
@@ -242,27 +221,22 @@ async def test_secret_key_may_be_any_text_that_an_environment_can_hold(serve):
 def test_inline_metadata_says_what_requirements_say():
     source = (ROOT / "chat.py").read_text()
     block = re.search(r"(?m)^# /// script$\s(?P<content>(^#.*$\s)+)^# ///$", source)
-    metadata = "".join(line[2:] for line in block["content"].splitlines(True))
-    inline = re.findall(r'^ *"(.+)",', metadata, re.MULTILINE)
+    inline = re.findall(r'^# *"(.+)",', block["content"], re.MULTILINE)
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    required = [line for line in lines if not line.startswith("#")]
-    assert sorted(inline) == sorted(required)
-    assert 'requires-python = ">=3.11"' in metadata
+    assert sorted(inline) == sorted(line for line in lines if line[0] != "#")
+    assert 'requires-python = ">=3.11"' in block["content"]
 
 
 # ==============================================================================
 # 2. Middlewares
 # ==============================================================================
-async def test_anonymous_visitor_is_sent_to_login(server):
+async def test_anonymous_visitor_is_sent_to_login_and_a_script_gets_our_401(server):
+    """A script follows no redirect, and gateways answer 401 as well: ours has a name."""
     visitor = await server.visitor()
     for method, path in ("GET", "/"), ("POST", "/signout"):
         response = await visitor.request(method, path, allow_redirects=False)
         assert (response.status, response.headers["Location"]) == (303, "/login")
-
-
-async def test_socket_without_a_session_is_a_401_that_only_we_send(server):
-    """A script follows no redirect, and a proxy may answer 401 as well."""
-    response = await (await server.visitor()).get("/ws", allow_redirects=False)
+    response = await visitor.get("/ws", allow_redirects=False)
     assert response.status == 401
     assert response.headers["WWW-Authenticate"] == 'Cookie realm="chat"'
 
@@ -271,23 +245,13 @@ async def test_unknown_url_is_a_404_with_and_without_a_session(server):
     for visitor in (await server.visitor(), await sign_in(server)):
         for path in "/nothing", "/login/more", "/static/nothing", "/ws/", "/%ff%00":
             assert (await visitor.get(path)).status == 404
+    assert (await visitor.get("/static/%2e%2e/chat.py")).status in {403, 404}
     assert (await visitor.get("/signout")).status == 405
 
 
-async def test_static_files_need_no_session(server):
-    visitor = await server.visitor()
-    for name in "chat.js", "chat.css", "favicon.svg":
-        response = await visitor.get(f"/static/{name}")
-        assert response.status == 200
-        assert response.headers["Cache-Control"] == "no-cache"
-    assert (await visitor.get("/static/../chat.py")).status == 404
-    assert (await visitor.get("/static/%2e%2e/chat.py")).status in {403, 404}
-
-
 async def test_pipelined_requests_let_others_run_between_each_two(settings):
-    """1,500 requests in one piece once held everybody's messages for 0.8 s."""
+    """1,500 requests in one piece once held everyone's messages for 0.8 s."""
     app, turns, answered = chat.init_app(settings), 0, []
-    loop = asyncio.get_running_loop()
 
     async def note(request, response):
         answered.append(turns)
@@ -296,7 +260,7 @@ async def test_pipelined_requests_let_others_run_between_each_two(settings):
         nonlocal turns
         turns += 1
         if len(answered) < 40:
-            loop.call_soon(turn)
+            asyncio.get_running_loop().call_soon(turn)
 
     app.on_response_prepare.append(note)
     kinds = ("/login", "localhost"), ("/nothing", "localhost"), ("/", "localhost")
@@ -311,96 +275,68 @@ async def test_pipelined_requests_let_others_run_between_each_two(settings):
     assert len(set(answered)) == 40  # each in a turn of its own
 
 
-FOREIGN = [
-    "http://evil.example", "null", "", "http://127.0.0.1:1", "évil",
-    "http://user@127.0.0.1:{port}@evil.example", "http://127.0.0.1:{port}.evil.example",
-]  # fmt: skip
+PROXIES = [
+    {"Host": "chat.example:443"},
+    {"Host": "10.0.0.7:8080", "X-Forwarded-Host": "chat.example, proxy.internal"},
+    {"Host": "evil.example", "X-Forwarded-Proto": "http"},
+]
 
 
-@pytest.mark.parametrize("origin", FOREIGN)
-async def test_other_origin_is_refused_and_the_answer_names_the_right_one(
-    server, origin
-):
-    ann = await sign_in(server)
-    headers = {"Origin": origin.format(port=server.port)}
-    for path in "/login", "/signin", "/signout":
-        response = await ann.post(path, data=form("eve"), headers=headers)
-        assert response.status == 403
-        assert f"127.0.0.1:{server.port}" in await response.text()
-    with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
-        await ann.ws_connect("/ws", headers=headers)
-    assert (await ann.get("/", headers=headers)).status == 200  # changes nothing
-
-
-async def test_own_origin_may_write_and_a_client_that_sends_none(server):
-    ann = await sign_in(server)
-    for headers in {"Origin": f"http://127.0.0.1:{server.port}"}, {}:
-        ws = await ann.ws_connect("/ws", headers=headers)
-        assert (await read(ws, "welcome"))["user"] == "ann"
-        response = await ann.post("/login", data=form("ann"), headers=headers)
-        assert (response.status, response.url.path) == (200, "/")
-
-
-ORIGIN = "https://chat.example"
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Host": "chat.example:443"},
-        {"Host": "10.0.0.7:8080", "X-Forwarded-Host": "chat.example, proxy.internal"},
-        {"Host": "evil.example", "X-Forwarded-Proto": "http"},
-    ],
-)
+@pytest.mark.parametrize("headers", PROXIES)
 async def test_with_origin_set_no_header_of_a_proxy_refuses_the_chats_users(
     serve, headers
 ):
     """Only the browser's Origin counts, not what a proxy writes or forgets."""
     server = await serve(chat.Settings(ORIGIN=ORIGIN))
-    visitor = await server.visitor()
-    data = form("ann")
-    response = await visitor.post("/signin", data=data, allow_redirects=False)
+    visitor, options = await server.visitor(), {"allow_redirects": False}
+    response = await visitor.post("/signin", data=form("ann"), **options)
     cookie = response.headers["Set-Cookie"].partition(";")[0]  # for https only
-    headers = headers | {"Origin": ORIGIN, "Cookie": cookie}
-    ws = await visitor.ws_connect("/ws", headers=headers)
+    options["headers"] = headers | {"Origin": ORIGIN, "Cookie": cookie}
+    ws = await visitor.ws_connect("/ws", headers=options["headers"])
     assert (await read(ws, "welcome"))["user"] == "ann"
-    options = {"headers": headers, "allow_redirects": False}
-    assert (await visitor.post("/login", data=data, **options)).status == 303
+    assert (await visitor.post("/login", data=form("ann"), **options)).status == 303
 
 
-@pytest.mark.parametrize(
-    "origin",
-    [
-        "http://chat.example", "https://chat.example:8443", "https://evil.example",
-        "https://chat.example.evil.example", "null", "", "http://127.0.0.1:{port}",
-    ],
-)  # fmt: skip
-async def test_with_origin_set_every_other_origin_is_refused(serve, caplog, origin):
-    server = await serve(chat.Settings(ORIGIN=ORIGIN))
-    ann = await server.visitor()
-    headers = {"Origin": origin.format(port=server.port), "Host": "chat.example"}
-    for _ in range(3):
-        response = await ann.post("/signin", data=form("ann"), headers=headers)
-        assert response.status == 403 and ORIGIN in await response.text()
-        assert (await ann.get("/ws", headers=headers)).status == 403
+OTHERS = [(set_to, origin) for set_to, origins in {
+    "": ("http://127.0.0.1:1", "http://user@127.0.0.1:{port}@evil.example", "évil",
+         "http://127.0.0.1:{port}.evil.example", "http://evil.example", "null", ""),
+    ORIGIN: ("http://chat.example", "https://chat.example:8443", "null", "",
+             "https://chat.example.evil.example", "http://127.0.0.1:{port}"),
+}.items() for origin in origins]  # fmt: skip
+
+
+@pytest.mark.parametrize(("set_to", "origin"), OTHERS)
+async def test_other_origin_is_refused_and_the_answer_names_the_right_one(
+    serve, caplog, set_to, origin
+):
+    server = await serve(chat.Settings(ORIGIN=set_to))
+    visitor, own = await server.visitor(), set_to or f"127.0.0.1:{server.port}"
+    headers = {"Origin": origin.format(port=server.port)}
+    for path in "/login", "/signin", "/signout":
+        response = await visitor.post(path, data=form("eve"), headers=headers)
+        assert response.status == 403 and own in await response.text()
+    assert (await visitor.get("/ws", headers=headers)).status == 403
+    assert (await visitor.get("/login", headers=headers)).status == 200
     (line,) = caplog.messages  # once a minute
-    assert repr(headers["Origin"]) in line and repr(ORIGIN) in line
+    assert repr(headers["Origin"]) in line and own in line
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example:8080", "127.0.0.1.evil.example", "", "127.0.0.1:x",
-             "localhost.evil.example", "[::1].evil.example", "a b"]
-)  # fmt: skip
+REBOUND = [
+    "evil.example:8080", "127.0.0.1.evil.example", "", "127.0.0.1:x", "a b",
+    "localhost.evil.example", "[::1].evil.example",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", REBOUND)
 async def test_without_origin_a_host_name_that_others_can_point_is_refused(
-    serve, caplog, host
+    memory, caplog, host
 ):
     """DNS rebinding: a page of evil.example, whose name points at 127.0.0.1."""
-    server = await serve(chat.Settings())
-    visitor = await server.visitor()
+    visitor = await memory.visitor()
     headers = {"Host": host, "Origin": f"http://{host}"}
     for path in "/login", "/", "/static/chat.js", "/nothing", "/ws":
         response = await visitor.get(path, headers=headers)
-        assert response.status == 421 and "set ORIGIN" in await response.text()
+        assert response.status == 421 and "ORIGIN" in await response.text()
     response = await visitor.post("/signin", data=form("eve"), headers=headers)
     assert response.status == 421
     (line,) = caplog.messages
@@ -410,8 +346,8 @@ async def test_without_origin_a_host_name_that_others_can_point_is_refused(
 @pytest.mark.parametrize(
     "host", ["localhost", "192.168.1.7:8080", "[::1]:8080", "[fe80::1]"]
 )
-async def test_without_origin_localhost_and_addresses_are_served(serve, host):
-    visitor = await (await serve(chat.Settings())).visitor()
+async def test_without_origin_localhost_and_addresses_are_served(memory, host):
+    visitor = await memory.visitor()
     own, foreign = f"http://{host}", "http://localhost:2"
     for origin, status in (own, 303), (foreign, 403), ("null", 403):
         headers = {"Host": host, "Origin": origin}
@@ -420,67 +356,46 @@ async def test_without_origin_localhost_and_addresses_are_served(serve, host):
         assert response.status == status
 
 
-async def test_browser_that_keeps_no_cookie_is_told_so(serve):
-    server = await serve(chat.Settings())
-    async with TestClient(server, cookie_jar=aiohttp.DummyCookieJar()) as visitor:
+async def test_login_says_why_you_have_to_sign_in_again(memory):
+    """It knows a browser that keeps no cookie by the page from which it comes."""
+    async with TestClient(memory, cookie_jar=aiohttp.DummyCookieJar()) as visitor:
         for path in "/signin", "/login":
-            headers = {"Referer": str(server.make_url(path + "?why=ended"))}
+            headers = {"Referer": str(memory.make_url(path + "?why=ended"))}
             response = await visitor.post(path, data=form("ann"), headers=headers)
             assert str(response.url).endswith("/login?why=cookie")
-        response = await visitor.get("/", headers={"Referer": str(server.make_url(""))})
-        assert str(response.url).endswith("/login")
-
-
-@pytest.mark.parametrize(
-    ("why", "sentence"),
-    [("cookie", "cookie"), ("ended", "ended"), ("<b>", None), ("", None)],
-)
-async def test_login_says_why_you_have_to_sign_in_again(serve, why, sentence):
-    visitor = await (await serve(chat.Settings())).visitor()
-    page = await (await visitor.get("/login", params={"why": why})).text()
-    notice = re.search('class="notice"[^>]*>([^<]*)', page)
-    assert sentence in notice[1] if sentence else not notice
+        assert 'class="notice"' in await response.text()
+        headers = {"Referer": str(memory.make_url("/"))}
+        assert str((await visitor.get("/", headers=headers)).url).endswith("/login")
+        assert "ended" in await (await visitor.get("/login?why=ended")).text()
+        page = await (await visitor.get("/login?why=<b>")).text()
+        assert 'class="notice"' not in page
 
 
 async def test_request_knows_the_id_and_the_name_of_its_user_and_no_more(server):
     """Above all not the hash of the password, which would stay with a socket."""
     await connect(await sign_in(server, email="ann@example.org"))
-    (mine,) = sockets_of(server, "ann")
-    assert mine.user.keys() == {"_id", "name"}
+    assert sockets_of(server, "ann")[0].user.keys() == {"_id", "name"}
 
 
-async def test_head_is_answered_wherever_get_is(server):
-    ann, visitor = await sign_in(server), await server.visitor()
-    for path, status in ("/login", 200), ("/signin", 200), ("/static/chat.js", 200):
-        response = await visitor.head(path)
-        assert (response.status, await response.text()) == (status, "")
-    for path, status in ("/", 200), ("/?before=9", 200), ("/login", 303):
-        response = await ann.head(path, allow_redirects=False)
-        assert response.status == status
-
-
-async def test_fault_of_ours_is_a_plain_500_with_its_traceback_in_the_log_each_time(
-    serve, monkeypatch, caplog
+async def test_fault_of_ours_is_a_plain_500_with_its_traceback_in_the_log(
+    memory, monkeypatch, caplog
 ):
-    visitor = await (await serve(chat.Settings())).visitor()
-    monkeypatch.setattr(chat.Login, "page", lambda *_: {}["a fault of ours"])
-    for _ in range(2):
-        caplog.clear()
-        response = await visitor.get("/login")
-        assert response.status == 500 and "fault" not in await response.text()
-        assert "KeyError: 'a fault of ours'" in caplog.text
+    visitor = await memory.visitor()
+    monkeypatch.setattr(chat.Login, "page", lambda *_, **__: {}["a fault of ours"])
+    response = await visitor.get("/login")
+    assert response.status == 500 and "fault" not in await response.text()
+    assert "Traceback" in caplog.text and "KeyError: 'a fault of ours'" in caplog.text
 
 
 async def test_database_that_does_not_answer_is_a_503_and_comes_back(
     own_mongodb, serve, caplog
 ):
-    server = await serve(on(own_mongodb.uri))
-    ann = await sign_in(server)
+    """More requests than the driver has threads do not wait in turn."""
+    ann = await sign_in(await serve(on(own_mongodb.uri)))
     own_mongodb.freeze()
     pages = [ann.get("/") for _ in range(30)] + [ann.post("/login", data=form("ann"))]
-    pages += [ann.get("/ws")]
-    async with asyncio.timeout(8):  # more than there are threads, and not in turn
-        responses = await asyncio.gather(*pages)
+    async with asyncio.timeout(8):
+        responses = await asyncio.gather(*pages, ann.get("/ws"))
     for response in responses:
         assert (response.status, response.headers["Retry-After"]) == (503, "5")
         assert "does not answer" in await response.text()
@@ -496,21 +411,6 @@ async def is_served(visitor):
 # ==============================================================================
 # 3. Database and models
 # ==============================================================================
-def test_names_in_all_spellings_are_one():
-    for spelling in "ann", "Ann", "ANN", "ａｎｎ", "Ａｎｎ":
-        assert chat.fold(spelling) == "ann"
-    assert chat.fold("Straße") == chat.fold("STRASSE")
-    assert chat.fold("ﬁn") == chat.fold("FIN")
-    assert chat.fold("İx") == chat.fold(chat.fold("İx"))
-
-
-async def test_message_numbers_have_no_gap(server):
-    """Rule 1, with two users who write at the same time."""
-    sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
-    for _ in range(8):
-        await asyncio.gather(*(say(ws, "hello") for ws in sockets))
-    events = await chat.newest(server.app[chat.ROOM].db, 100)
-    assert [event["id"] for event in events] == list(range(1, 17))
 
 
 async def test_two_that_fight_for_every_number_leave_no_gap(serve, mongodb):
@@ -532,70 +432,70 @@ async def test_two_that_fight_for_every_number_leave_no_gap(serve, mongodb):
 
 
 async def test_process_that_lags_catches_up_when_its_number_is_taken(serve, mongodb):
-    """It jumps to the newest number: one step a message would never catch up."""
+    """It jumps to the newest number: with one step a message it would lag for ever."""
     db, tried = (await serve(on(mongodb))).app[chat.ROOM].db, []
     for number in range(1, 21):
         await chat.save(db, number, EVE, "x", f"{number}")
-    insert, bob = db.insert, {"_id": ObjectId(), "name": "bob"}
+    insert = db.insert
     db.insert = lambda message: tried.append(message["_id"]) or insert(message)
-    assert await chat.save(db, 3, bob, "late", "n1") == 21
+    assert await chat.save(db, 3, EVE, "late", "n1") == 21
     assert tried == [3, 21]
 
 
 async def test_nonce_is_stored_once_even_if_no_process_remembers_it(serve, mongodb):
-    """Rule 3: the unique index knows it; it is unique for its user only."""
+    """Rule 3: the unique index knows it. It is unique for its user only."""
     server = await serve(on(mongodb))
-    from_ann = await connect(await sign_in(server, "ann"))
+    from_ann, from_bob = await connect_two(server)
     first = await say(from_ann, "long ago", "n1")
     await say(from_ann, "later")
     server.app[chat.ROOM].history.receipts.clear()
     receipt = {"type": "receipt", "nonce": "n1", "id": first["id"]}
     assert await send(from_ann, "long ago", "n1") == receipt
-    from_bob = await connect(await sign_in(server, "bob"))
     assert (await send(from_bob, "me too", "n1"))["id"] == 3
 
 
-async def test_memory_holds_the_newest_messages_only(serve):
-    server = await serve(chat.Settings())
-    db, kept = server.app[chat.ROOM].db, chat.HISTORY_SIZE
-    for number in range(3 * kept):
-        await chat.post(server.app[chat.ROOM], EVE, f"{number}", f"{number}")
-        if number % 100 == 99:
-            assert await db.messages.estimated_document_count() <= 2 * kept
-    history = server.app[chat.ROOM].history
-    await until(lambda: history.last == 3 * kept)
-    assert len(history.events) == len(history.receipts) == kept
-    page = await (await (await sign_in(server)).get("/")).text()
-    assert shown_ids(page) == list(range(3 * kept - 49, 3 * kept + 1))
+async def test_memory_holds_the_newest_messages_and_a_gap_can_be_seen(memory):
+    room, kept = memory.app[chat.ROOM], chat.HISTORY_SIZE
+    for number in range(1, 2 * kept + 11):
+        await chat.post(room, EVE, f"{number}", f"{number}")
+        if number % 100 == 0:
+            assert await room.db.messages.estimated_document_count() <= 2 * kept
+    await until(lambda: room.history.last == number)
+    assert len(room.history.events) == len(room.history.receipts) == kept
+    ann = await sign_in(memory)
+    assert shown_ids(await (await ann.get("/")).text())[-1] == number
+    ids = [event["id"] for event in (await connect(ann, after=5)).replayed]
+    assert ids == list(range(number - kept + 1, number + 1))  # not 6: a gap
 
 
-async def test_message_that_the_stream_did_not_bring_is_told_with_the_next(serve):
+async def test_message_that_the_stream_did_not_bring_is_told_with_the_next(memory):
     """The next number shows the gap: the room reads everything again."""
-    server = await serve(chat.Settings())
-    ws = await connect(await sign_in(server))
-    await server.app[chat.ROOM].db.messages.insert_one(stored(1, text="late"))
+    ws = await connect(await sign_in(memory))
+    await memory.app[chat.ROOM].db.messages.insert_one(stored(1, text="late"))
     await send_only(ws, "next", "n2")
     told = [await read(ws, "message") for _ in range(2)]
     assert [(e["id"], e["text"]) for e in told] == [(1, "late"), (2, "next")]
 
 
 async def test_message_stored_while_everything_is_read_again_comes_once(
-    serve, monkeypatch
+    serve, mongodb, monkeypatch
 ):
-    server = await serve(chat.Settings())
-    ws, newest = await connect(await sign_in(server)), chat.newest
+    server = await serve(on(mongodb))
+    ws, room = await connect(await sign_in(server)), server.app[chat.ROOM]
+    await say(ws, "before")
+    newest = chat.newest
 
     async def post_then_read(*arguments):
         monkeypatch.undo()
-        await chat.post(server.app[chat.ROOM], EVE, "meanwhile", "n1")
+        await chat.post(room, EVE, "meanwhile", "n1")
         return await newest(*arguments)
 
     monkeypatch.setattr(chat, "newest", post_then_read)
-    await break_stream(server)
-    await until(lambda: server.app[chat.ROOM].history.last)
+    await room.db.mongo.drop_collection("processes")  # which breaks the stream
+    await until(lambda: room.history.last == 2)
     await send_only(ws, "next", "n2")
     heard = [e["id"] for e in await heard_until("n2", ws) if e["type"] == "message"]
-    assert heard == [1, 2]
+    assert heard == [2, 3]
 
 
 def stored(number, **more):
@@ -612,17 +512,6 @@ FOREIGN_MESSAGES = [
     stored(8, time="yesterday"), stored(9, text=["x"]), stored(10, user=17),
     stored(11, user_id=["x"]), stored(12, nonce=None),
 ]  # fmt: skip
-FOREIGN_USERS = [
-    {"_id": "eve", "name": "eve", "name_key": "eve", "password": "x"},
-    {"name": "eva", "name_key": "eva"},
-    {"_id": {"d": 4}, "name": "evi", "name_key": "evi", "password": "x"},
-    {"name": 17, "name_key": 17, "email_key": ["x"], "password": 17},
-]
-FOREIGN_ENTRIES = [
-    {"_id": 13, "seen": OUT_OF_RANGE, "names": "joe"},
-    {"names": ["kim", 17]},
-    {"names": [17, ["joe"]], "seen": OUT_OF_RANGE},
-]
 
 
 @pytest.mark.parametrize("message", FOREIGN_MESSAGES, ids=lambda m: repr(m["_id"]))
@@ -630,51 +519,31 @@ def test_foreign_document_is_no_message_and_one_line_in_the_log(caplog, message)
     assert chat.to_event(stored(1)) and not caplog.messages
     assert chat.to_event(message) is None
     (line,) = caplog.messages
-    assert "foreign document" in line and "hello" not in line
+    assert "foreign" in line and "hello" not in line
 
 
-async def test_foreign_documents_are_passed_over_while_it_runs_and_after_a_restart(
+async def test_foreign_documents_are_passed_over_while_the_room_goes_on(
     serve, mongodb, caplog
 ):
-    settings = on(mongodb)
-    server = await serve(settings)
-    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
-    from_ann, from_bob = await connect(ann), await connect(bob)
-    await say(from_ann, "before")
-    await asyncio.to_thread(insert_foreign_documents, settings)
-    for number in range(15):
-        sent = await say(from_ann, f"text {number}")
-        assert await read(from_bob, "message") == sent
-    for name in "eva", "evi":
-        assert (await ann.post("/login", data=form(name))).status == 422
-    await server.close()
-    ws = await connect(await sign_in(await serve(settings), "joe"), after=0)
-    texts = ["before"] + [f"text {number}" for number in range(15)]
-    assert [event["text"] for event in ws.replayed] == texts
-    assert not {"eve", "joe", "kim"} & set(ws.welcome["online"]) - {"joe"}
-    assert (await say(ws, "goes on"))["id"] == sent["id"] + 1
-    assert [line for line in caplog.messages if "foreign document" not in line] == []
-
-
-def insert_foreign_documents(settings):
-    """Insert each as an operator could, if the chat's indexes let it in."""
-    with pymongo.MongoClient(settings.MONGO_HOST) as client:
-        db = client[settings.MONGO_DB_NAME]
-        groups = FOREIGN_MESSAGES, FOREIGN_USERS, FOREIGN_ENTRIES
-        for name, group in zip(("messages", "users", "processes"), groups, strict=True):
-            for document in group:
-                with contextlib.suppress(pymongo.errors.DuplicateKeyError):
-                    db[name].insert_one(dict(document))
-        db.users.delete_many({"_id": {"$in": ["eve", {"d": 4}]}})
-        db.elsewhere.insert_one({"names": ["eve"]})
+    """Also one that takes the next number, and one that another program deletes."""
+    server = await serve(on(mongodb))
+    sockets, db = await connect_two(server), server.app[chat.ROOM].db
+    await db.messages.insert_many([{"_id": 1}, stored(2, text=["x"]), {"_id": 3.5}])
+    await db.users.insert_many([{"_id": {"a": 1}}, {"name": "eva", "name_key": "eva"}])
+    await db.users.delete_one({"_id": {"a": 1}})
+    sent = [await say(sockets[0], f"text {number}") for number in range(5)]
+    assert [await read(sockets[1], "message") for _ in sent] == sent
+    visitor = await server.visitor()
+    assert (await visitor.post("/login", data=form("eva"))).status == 422
+    assert "Traceback" not in caplog.text
 
 
 async def test_message_taken_back_is_blank_for_every_reader(server):
     """In open windows, for newcomers, on pages and in replays."""
-    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
-    from_ann, from_bob = await connect(ann), await connect(bob)
+    from_ann, from_bob = await connect_two(server)
+    bob = await sign_in(server, "joe")
     sent = [await say(from_ann, f"text {number}") for number in range(1, 4)]
-    await blank(server, 2)
+    await edit(server, 2, text="")
     for ws in from_ann, from_bob:
         while (event := await read(ws, "message"))["text"]:
             pass
@@ -687,7 +556,9 @@ async def test_message_taken_back_is_blank_for_every_reader(server):
     assert [event["text"] for event in ws.replayed[:3]] == ["text 1", "", "text 3"]
     ws = await connect(bob, after=3)  # had it before it was taken back
     assert ws.replayed == [sent[1] | {"text": ""}]
-    assert ws.welcome["last"] == 3
+    await edit(server, 3, note="spam")  # changes nothing that readers see
+    await send_only(from_ann, "next", "n4")
+    assert "text 3" not in {event.get("text") for event in await heard_until("n4", ws)}
 
 
 async def test_message_taken_back_during_a_replay_is_blank_at_its_end(
@@ -699,7 +570,7 @@ async def test_message_taken_back_during_a_replay_is_blank_at_its_end(
 
     async def replay_and_lose_one(*arguments):
         await replay(*arguments)
-        await blank(server, 2)
+        await edit(server, 2, text="")
         await until(lambda: room.history.events[2]["text"] == "")
 
     monkeypatch.setattr(chat.WebSocket, "replay", replay_and_lose_one)
@@ -708,24 +579,26 @@ async def test_message_taken_back_during_a_replay_is_blank_at_its_end(
     assert texts == [(1, "text 1"), (2, "text 2"), (3, "text 3"), (2, "")]
 
 
-async def test_message_older_than_what_is_kept_is_taken_back_for_open_windows(
+async def test_messages_older_than_what_is_kept_are_shown_and_taken_back(
     serve, mongodb
 ):
     server = await serve(on(mongodb))
-    ws = await connect(await sign_in(server))
-    await fill(server, chat.HISTORY_SIZE + 1)
-    await blank(server, 1)
-    while (event := await read(ws, "message"))["text"]:
-        pass
-    assert event["id"] == 1 and 1 not in server.app[chat.ROOM].history.events
+    ann = await sign_in(server)
+    await fill(server, chat.HISTORY_SIZE + 10)
+    ws = await connect(ann)
+    assert shown_ids(await (await ann.get("/?before=31")).text()) == [*range(1, 31)]
+    await edit(server, 1, text="")
+    event = await read(ws, "message")
+    assert (event["id"], event["text"]) == (1, "")
+    assert 1 not in server.app[chat.ROOM].history.events
 
 
 async def test_deleted_account_loses_its_sockets_and_its_session(server):
-    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
-    tabs, from_bob = [await connect(ann) for _ in range(3)], await connect(bob)
+    ann, from_bob = await sign_in(server), await connect(await sign_in(server, "bob"))
+    tabs = [await connect(ann) for _ in range(3)]
     await until(lambda: "ann" in server.app[chat.ROOM].online)
     codes = asyncio.gather(*map(closed, tabs))
-    await operate(server, lambda db: db.users.delete_one({"name": "ann"}))
+    await delete_ann(server)
     assert await codes == [1008, 1008, 1008]
     assert (await ann.get("/")).url.path == "/login"
     assert (await ann.get("/ws")).status == 401
@@ -736,81 +609,23 @@ async def test_deleted_account_loses_its_sockets_and_its_session(server):
     assert (await say(await connect(again), "anew"))["id"] == 2
 
 
-async def test_account_deleted_during_a_replay_ends_its_socket(server, monkeypatch):
-    ann, replay = await sign_in(server, "ann"), chat.WebSocket.replay
-
-    async def delete_first(socket, after):
-        await operate(server, lambda db: db.users.delete_one({"name": "ann"}))
-        await until(lambda: socket.ws.closed)
-        await replay(socket, after)
-
-    monkeypatch.setattr(chat.WebSocket, "replay", delete_first)
-    assert await closed(await ann.ws_connect("/ws")) == 1008
-    await until(lambda: not server.app[chat.ROOM].sockets)
-
-
-async def test_presence_is_stamped_by_the_databases_clock(serve, mongodb, monkeypatch):
-    """The users of a host whose clock is wrong stay online, and expire in time."""
-
-    class Yesterday(chat.datetime):
-        @classmethod
-        def now(cls, zone=None):
-            return super().now(zone) - chat.timedelta(days=1)
-
-    server = await serve(on(mongodb))
-    monkeypatch.setattr(chat, "datetime", Yesterday)
-    db = server.app[chat.ROOM].db.mongo
-    await connect(await sign_in(server))
-    entry = await until(lambda: db.processes.find_one({"names": "ann"}))
-    now = (await db.client.admin.command("hello"))["localTime"]
-    now = now.replace(tzinfo=chat.UTC)
-    assert abs(now - entry["seen"]) < chat.timedelta(seconds=20)
-    indexes = (await db.processes.index_information()).values()
-    (expiry,) = [index for index in indexes if "expireAfterSeconds" in index]
-    assert expiry["key"] == [("seen", 1)] and expiry["expireAfterSeconds"] <= 60
-    await server.close()
-    assert await asyncio.to_thread(count_entries, server) == 0  # signed off at the end
-
-
-def count_entries(server):
-    settings = server.app[chat.SETTINGS]
-    with pymongo.MongoClient(settings.MONGO_HOST) as client:
-        return client[settings.MONGO_DB_NAME].processes.count_documents({})
-
-
-async def test_dead_process_counts_for_15_seconds_by_the_databases_clock(
+async def test_dead_process_counts_for_15_seconds_and_a_stopped_one_signs_off(
     serve, mongodb
 ):
-    server = await serve(on(mongodb))
-    bob = await sign_in(server, "bob")
-    ws, entries = await connect(bob), server.app[chat.ROOM].db.mongo.processes
-    ago = {"fresh": 10, "stale": 16}
-    now = (await entries.database.client.admin.command("hello"))["localTime"]
-    for name, seconds in ago.items():
-        seen = now - chat.timedelta(seconds=seconds)
-        await entries.insert_one({"names": [name], "seen": seen})
-    names = {(await read(ws, "joined"))["user"] for _ in range(2)}
-    assert names == {"bob", "fresh"}
-
-
-async def test_first_editions_indexes_are_replaced_and_dropped_ones_come_back(
-    serve, mongodb
-):
-    """The first edition's refuse a foreign document, and conflict with ours."""
     settings = on(mongodb)
-    with pymongo.MongoClient(mongodb) as client:
-        first = client[settings.MONGO_DB_NAME]
-        first.users.create_index("name_key", unique=True)
-        first.messages.create_index([("user_id", 1), ("nonce", 1)], unique=True)
-    server = await serve(settings)
-    ws, db = await connect(await sign_in(server)), server.app[chat.ROOM].db
-    names = set(await db.messages.index_information())
-    assert len(names) == 2 and "user_id_1_nonce_1" not in names
-    code = asyncio.create_task(closed(ws))
-    await db.mongo.client.drop_database(db.mongo.name)
-    assert await code == 1008  # her account has gone as well
-    await say(await connect(await sign_in(server, "ann")), "anew")
-    assert set(await db.messages.index_information()) == names
+    server, other = await serve(settings), await serve(settings)
+    ws, entries = await connect(await sign_in(server)), server.app[chat.ROOM].db.mongo
+    now = (await entries.client.admin.command("hello"))["localTime"]
+    for name, seconds in {"fresh": 10, "stale": 16}.items():
+        seen = now - chat.timedelta(seconds=seconds)
+        await entries.processes.insert_one({"names": [name], "seen": seen})
+    assert {(await read(ws, "joined"))["user"] for _ in "12"} == {"ann", "fresh"}
+    indexes = (await entries.processes.index_information()).values()
+    assert [i["expireAfterSeconds"] for i in indexes if "seen" in dict(i["key"])] == [
+        45
+    ]
+    await other.close()
+    assert await entries.processes.count_documents({}) == 3
 
 
 async def test_index_that_cannot_be_created_ends_the_start(mongodb):
@@ -849,8 +664,7 @@ SECRETS = [
 
 
 async def test_no_secret_of_a_uri_is_ever_shown_however_it_is_malformed():
-    sentences = await asyncio.gather(*map(why_it_cannot_start, SECRETS))
-    for sentence in sentences:
+    for sentence in await asyncio.gather(*map(why_it_cannot_start, SECRETS)):
         assert sentence.startswith("MONGO_HOST '") and "\n" not in sentence
         assert not re.search("s3|cret|ann:", sentence)
 
@@ -872,8 +686,7 @@ CAUSES = {
 
 
 async def test_why_mongodb_cannot_be_used_is_told_in_the_drivers_words(mongodb):
-    used = re.search(r":(\d+)/", mongodb)[1]
-    ports = {"free": unused_port(), "used": used}
+    ports = {"free": unused_port(), "used": re.search(r":(\d+)/", mongodb)[1]}
     uris = [uri.format(**ports) for uri in CAUSES]
     sentences = await asyncio.gather(*map(why_it_cannot_start, uris))
     for uri, cause, sentence in zip(uris, CAUSES.values(), sentences, strict=True):
@@ -882,17 +695,8 @@ async def test_why_mongodb_cannot_be_used_is_told_in_the_drivers_words(mongodb):
         assert len(sentence) < 250 and "Timeout" not in sentence
 
 
-async def test_replica_set_that_was_not_initiated_says_so(tmp_path):
-    mongod = Mongod(tmp_path / "new", "--replSet", "rs0")
-    try:
-        sentence = await why_it_cannot_start(mongod.uri)
-        assert "rs.initiate" in sentence or "not" in sentence, sentence
-    finally:
-        mongod.kill()
-
-
 async def test_standalone_mongodb_is_refused_and_what_the_line_says_mends_it(
-    start, serve, standalone
+    standalone, start, serve
 ):
     """Its data stays: it may come from another program, or from a backup."""
     settings = on(standalone.uri)
@@ -908,6 +712,7 @@ async def test_standalone_mongodb_is_refused_and_what_the_line_says_mends_it(
     standalone.process.wait()
     standalone.options = re.search("`mongod (.+?)`", errors)[1].split()
     standalone.start()
+    assert "standalone" not in await why_it_cannot_start(standalone.uri)  # half done
     typed = re.search(r"rs\.initiate\((.+?)\)", errors)[1].replace("'", '"')
     config = json.loads(re.sub(r"([{ ])(\w+):", r'\1"\2":', typed))  # as mongosh reads
     standalone.command("replSetInitiate", config)
@@ -921,17 +726,6 @@ async def test_standalone_mongodb_is_refused_and_what_the_line_says_mends_it(
 # ==============================================================================
 # 4. Views
 # ==============================================================================
-async def test_two_people_sign_up_chat_and_find_their_history(server):
-    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
-    from_ann, from_bob = await connect(ann), await connect(bob)
-    await say(from_ann, "hello")
-    assert (await read(from_bob, "message"))["text"] == "hello"
-    await say(from_bob, "hello yourself")
-    assert (await read(from_ann, "message"))["text"] == "hello yourself"
-    page = await (await ann.get("/")).text()
-    assert page.index("<p>hello</p>") < page.index("<p>hello yourself</p>")
-
-
 async def test_signing_out_ends_the_session_and_signing_in_begins_another(server):
     ann = await sign_in(server)
     assert (await ann.get("/login")).url.path == "/"  # there already
@@ -945,8 +739,8 @@ async def test_signing_out_ends_the_session_and_signing_in_begins_another(server
 async def test_signing_out_ends_this_sessions_sockets_and_no_other_devices(serve):
     server = await serve(chat.Settings(SECRET_KEY=KEY))
     ann, phone = await sign_in(server, "ann"), await server.visitor()
-    tabs, from_bob = await connect(ann), await connect(await sign_in(server, "bob"))
-    tabs = [tabs, await connect(ann)]
+    from_bob = await connect(await sign_in(server, "bob"))
+    tabs = [await connect(ann) for _ in range(2)]
     user_id = str(sockets_of(server, "ann")[0].user["_id"])
     content = session(user_id, created=int(time.time()) - 60)  # signed in before
     phone.session.cookie_jar.update_cookies({"CHAT_8080": cookie(content)})
@@ -957,27 +751,26 @@ async def test_signing_out_ends_this_sessions_sockets_and_no_other_devices(serve
     assert await codes == [1001, 1001]
     assert (await ann.get("/ws")).status == 401
     await say(from_phone, "still here")
-    assert (await read(from_bob, "message"))["text"] == "still here"
+    await say(from_bob, "still here")
 
 
-@pytest.mark.parametrize("login", ["ann", "ANN", " Ａnn ", "Ann@Example.org"])
+@pytest.mark.parametrize("login", ["ann", " Ａnn ", "Ann@Example.org"])
 async def test_name_or_email_in_any_spelling_signs_in(server, login):
     await sign_in(server, "Ann", email="ann@example.org")
-    visitor = await server.visitor()
-    response = await visitor.post("/login", data=form(login))
+    response = await (await server.visitor()).post("/login", data=form(login))
     assert (response.status, response.url.path) == (200, "/")
     assert re.search('id="user"[^>]*>Ann<', await response.text())
 
 
-NAMES = {name: name for name in (
+NAMES = [
     "ann", "Zoë", "Ольга", "काजल", "สมชาย", "محمد", "李小龍", "a-_", "x" * 32, "123",
-)} | {"Ａｎｎ": "Ann"}  # fmt: skip
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("typed", NAMES)
-async def test_names_of_any_script_are_welcome(serve, typed):
-    ws = await connect(await sign_in(await serve(chat.Settings()), typed))
-    assert ws.welcome["user"] == NAMES[typed]
+@pytest.mark.parametrize("name", [*NAMES, "Ａｎｎ"])
+async def test_names_of_any_script_are_welcome(memory, name):
+    ws = await connect(await sign_in(memory, name))
+    assert ws.welcome["user"] == ("Ann" if name == "Ａｎｎ" else name)
 
 
 WRONG_NAMES = [
@@ -988,14 +781,13 @@ WRONG_NAMES = [
 
 
 @pytest.mark.parametrize("name", WRONG_NAMES)
-async def test_wrong_name_is_refused_beside_its_field(serve, name):
-    visitor = await (await serve(chat.Settings())).visitor()
+async def test_wrong_name_is_refused_beside_its_field(memory, name):
+    visitor = await memory.visitor()
     response = await visitor.post("/signin", data=form(name, email="a@b.c"))
     page = await response.text()
     assert response.status == 422
     assert "A name has 3 to 32 letters" in field_error(page, "login")
-    assert 'value="a@b.c"' in page and PASSWORD not in page
-    assert "<b>ann" not in page
+    assert 'value="a@b.c"' in page and PASSWORD not in page and "<b>ann" not in page
 
 
 def field_error(page, name):
@@ -1009,19 +801,19 @@ def passwords(text):
     return {"password": text, "password2": text}
 
 
-@pytest.mark.parametrize(
-    ("fields", "name", "sentence"),
-    [
-        (passwords("short"), "password", "8 to 128"),
-        (passwords("x" * 129), "password", "8 to 128"),
-        ({"password2": "something else"}, "password2", "not the same"),
-        ({"email": "nobody"}, "email", "email address"),
-        ({"email": "a@b@c"}, "email", "email address"),
-        ({"email": "a\0@b.c"}, "email", "email address"),
-        ({"login": "ANN"} | passwords("another horse"), "login", "has this already"),
-        ({"email": "ANN@example.org"}, "email", "has this already"),
-    ],
-)
+WRONG_FIELDS = [
+    (passwords("short"), "password", "8 to 128"),
+    (passwords("x" * 129), "password", "8 to 128"),
+    ({"password2": "something else"}, "password2", "not the same"),
+    ({"email": "nobody"}, "email", "email address"),
+    ({"email": "a@b@c"}, "email", "email address"),
+    ({"email": "a\0@b.c"}, "email", "email address"),
+    ({"login": "ANN"} | passwords("another horse"), "login", "has this already"),
+    ({"email": "ANN@example.org"}, "email", "has this already"),
+]
+
+
+@pytest.mark.parametrize(("fields", "name", "sentence"), WRONG_FIELDS)
 async def test_sign_up_says_what_is_wrong_beside_the_field(
     server, fields, name, sentence
 ):
@@ -1034,30 +826,23 @@ async def test_sign_up_says_what_is_wrong_beside_the_field(
 
 
 async def test_field_over_254_characters_is_a_400_before_it_is_normalized(
-    serve, monkeypatch
+    memory, monkeypatch
 ):
     """16 KB of combining marks take 112 ms, in which the room stands still."""
-    lengths, normalize = [], chat.unicodedata.normalize
-
-    def note(kind, text):
-        lengths.append(len(text))
-        return normalize(kind, text)
-
-    visitor = await (await serve(chat.Settings())).visitor()
-    monkeypatch.setattr(chat.unicodedata, "normalize", note)
-    for name in "login", "email", "password", "password2":
-        data = form("ann") | {name: "a" + "\u0316\u0301" * 127}
-        for path in "/login", "/signin":
-            response = await visitor.post(path, data=data)
-            assert response.status == 400 and "254" in await response.text()
-    assert lengths == []
+    visitor = await memory.visitor()
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.unicodedata, "normalize", None)
+        for name in "login", "email", "password", "password2":
+            data = form("ann") | {name: "a" + "\u0316\u0301" * 127}
+            for path in "/login", "/signin":
+                response = await visitor.post(path, data=data)
+                assert response.status == 400 and "254" in await response.text()
     data = form("ann", email="a@" + "b" * 252)
     assert (await visitor.post("/signin", data=data)).url.path == "/"
 
 
 async def test_two_simultaneous_sign_ups_make_one_account(server):
-    visitors = [await server.visitor() for _ in range(4)]
-    posts = []
+    visitors, posts = [await server.visitor() for _ in range(4)], []
     for visitor, name in zip(visitors, ["ann", "Ann", "ａnn", "aNN"], strict=True):
         data = form(name) | passwords(f"{name}'s horse")
         posts.append(visitor.post("/signin", data=data, allow_redirects=False))
@@ -1066,17 +851,12 @@ async def test_two_simultaneous_sign_ups_make_one_account(server):
 
 
 async def test_second_click_on_create_account_signs_in(server):
-    visitor, other = await server.visitor(), await server.visitor()
+    clients = [await server.visitor() for _ in range(2)]
     data = form("ann", email="ann@example.org")
-    posts = [
-        client.post("/signin", data=data, allow_redirects=False)
-        for client in (visitor, visitor, other)
-    ]
+    posts = [client.post("/signin", data=data) for client in [*clients, clients[0]]]
     for response in await asyncio.gather(*posts):
-        assert (response.status, response.headers["Location"]) == (303, "/")
+        assert (response.status, response.url.path) == (200, "/")
     assert await server.app[chat.ROOM].db.users.count_documents({}) == 1
-    for client in visitor, other:
-        assert (await client.get("/")).url.path == "/"
 
 
 async def test_second_click_is_an_attempt_to_sign_in(serve):
@@ -1091,14 +871,13 @@ async def test_second_click_is_an_attempt_to_sign_in(serve):
     assert (await visitor.post("/login", data=form("ann"))).status == 429
 
 
-async def test_signing_up_for_an_older_account_is_no_second_click(serve):
+async def test_signing_up_for_an_older_account_is_no_second_click(memory):
     """It may belong to another Ann with the same weak password."""
-    server = await serve(chat.Settings())
     long_ago = chat.datetime.now(chat.UTC) - chat.timedelta(minutes=2)
     user = {"_id": ObjectId.from_datetime(long_ago), "name": "ann", "name_key": "ann"}
     user["password"] = chat.hash_password(PASSWORD)
-    await server.app[chat.ROOM].db.users.insert_one(user)
-    visitor = await server.visitor()
+    await memory.app[chat.ROOM].db.users.insert_one(user)
+    visitor = await memory.visitor()
     response = await visitor.post("/signin", data=form("ann"))
     assert response.status == 422
     assert "has this already" in field_error(await response.text(), "login")
@@ -1107,72 +886,56 @@ async def test_signing_up_for_an_older_account_is_no_second_click(serve):
 
 async def test_password_in_either_normal_form_is_one(server):
     composed, decomposed = "caf\u00e9 au lait", "cafe\u0301 au lait"
-    await sign_in(server, "ann", password=composed, password2=decomposed)
-    visitor = await server.visitor()
+    await sign_in(server, "ann", **passwords(composed))
     for password in composed, decomposed:
-        response = await visitor.post("/login", data=form("ann", password=password))
+        data = form("ann", password=password)
+        response = await (await server.visitor()).post("/login", data=data)
         assert response.url.path == "/"
-        await visitor.post("/signout")
-
-
-def test_password_hash_says_how_it_was_made_and_never_repeats():
-    first, second = chat.hash_password(PASSWORD), chat.hash_password(PASSWORD)
-    assert first.startswith("$argon2id$v=19$m=19456,t=2,p=1$") and first != second
-    assert chat.verify_password(PASSWORD, first)
-    assert not chat.verify_password(PASSWORD + " ", first)
 
 
 async def test_unknown_name_and_wrong_password_look_and_cost_the_same(
     server, monkeypatch
 ):
     await sign_in(server, "ann")
-    hashed, derive = [], chat.Argon2id.verify_phc_encoded
-
-    def note(password, password_hash):
-        hashed.append(password_hash.rpartition("$")[0].rpartition("$")[0])
-        return derive(password, password_hash)
-
-    monkeypatch.setattr(chat.Argon2id, "verify_phc_encoded", note)
-    visitor, pages = await server.visitor(), []
+    verify, costs, pages = chat.verify_password, [], []
+    monkeypatch.setattr(
+        chat,
+        "verify_password",
+        lambda *both: costs.append(both[1][:31]) or verify(*both),
+    )
     for name in "ann", "bob":
         data = form(name, password="not this one")
-        response = await visitor.post("/login", data=data)
-        pages.append((await response.text()).replace(f'"{name}"', '"name"'))
+        response = await (await server.visitor()).post("/login", data=data)
         assert response.status == 422
-    assert pages[0] == pages[1]
+        pages.append((await response.text()).replace(f'"{name}"', '"name"'))
+    assert costs == 2 * ["$argon2id$v=19$m=19456,t=2,p=1$"] and pages[0] == pages[1]
     assert "No account has this name" in field_error(pages[0], "login")
-    assert hashed == 2 * ["$argon2id$v=19$m=19456,t=2,p=1"]
 
 
 async def test_crowd_that_signs_in_is_hashed_in_turn_and_beside_the_room(
     server, monkeypatch
 ):
-    threads, at_once, hash_password = set(), [], chat.hash_password
+    threads, hash_password = set(), chat.hash_password
 
     def note(password):
         threads.add(threading.current_thread())
-        at_once.append(None)
-        assert len(at_once) == 1
-        password_hash = hash_password(password)
-        at_once.pop()
-        return password_hash
+        return hash_password(password)
 
     monkeypatch.setattr(chat, "hash_password", note)
     await asyncio.gather(*(sign_in(server, f"ann{number}") for number in range(8)))
     assert len(threads) == 1 and threading.main_thread() not in threads
 
 
-async def test_wait_for_the_hash_thread_has_a_bound(serve, monkeypatch):
+async def test_wait_for_the_hash_thread_has_a_bound(memory, monkeypatch):
     """Beyond it the form comes back filled, with when to try again, and unhashed."""
     hashed, hash_password, go_on = [], chat.hash_password, threading.Event()
     monkeypatch.setattr(
         chat, "hash_password", lambda text: hashed.append(text) or hash_password(text)
     )
-    server = await serve(chat.Settings())
-    visitors = [await server.visitor() for _ in range(2)]
+    visitor = await memory.visitor()
     busy = chat.HASH_THREAD.submit(go_on.wait, 20)
-    sign_up = visitors[0].post("/signin", data=form("bob", email="bob@example.org"))
-    login = visitors[1].post("/login", data=form("bob"))
+    sign_up = visitor.post("/signin", data=form("bob", email="bob@example.org"))
+    login = visitor.post("/login", data=form("bob"))
     for response in await asyncio.gather(sign_up, login):
         page = await response.text()
         assert response.status == 503 and int(response.headers["Retry-After"]) > 0
@@ -1180,24 +943,24 @@ async def test_wait_for_the_hash_thread_has_a_bound(serve, monkeypatch):
         assert 'value="bob"' in page and PASSWORD not in page
     go_on.set()
     assert busy.result() and hashed == []
-    assert (await visitors[1].post("/signin", data=form("bob"))).url.path == "/"
+    assert (await visitor.post("/signin", data=form("bob"))).url.path == "/"
 
 
-@pytest.mark.parametrize(
-    "spellings",
-    [
-        ["ann", "ANN", "ann ", "  ann", "ａｎｎ", "ann\t", "Ａnn"],
-        ["nobody", "NOBODY", " nobody ", "ｎobody"],
-        ["ann@example.org", "ANN@example.org", " ann@example.org", "ann@ｅxample.org"],
-        ["no@body", "NO@body", " no@body", "no@ｂody"],
-    ],
-)
+TYPED = [
+    ["ANN", "ann ", "  ann", "ａｎｎ", "ann\t", "Ａnn"],
+    ["nobody", "NOBODY", " nobody ", "ｎobody"],
+    ["ann@example.org", "ANN@example.org", " ann@example.org", "ann@ｅxample.org"],
+    ["no@body", "NO@body", " no@body", "no@ｂody"],
+]
+
+
+@pytest.mark.parametrize("spellings", TYPED)
 async def test_attempts_count_by_what_was_typed_in_any_spelling(serve, spellings):
     """Counted by account, a 429 for an email after guesses at a name tells whose."""
-    server = await serve(chat.Settings(LOGIN_ATTEMPTS=len(spellings)))
+    signed_up = spellings is TYPED[0]  # which counts as well
+    server = await serve(chat.Settings(LOGIN_ATTEMPTS=len(spellings) + signed_up))
     await sign_in(server, "ann", email="ann@example.org")
     visitor, wrong = await server.visitor(), {"password": "a wrong guess"}
-    spellings = spellings[1:] if spellings[0] == "ann" else spellings  # she signed up
     for login in spellings:
         assert (await visitor.post("/login", data=form(login) | wrong)).status == 422
     for login in spellings:
@@ -1205,7 +968,7 @@ async def test_attempts_count_by_what_was_typed_in_any_spelling(serve, spellings
         assert response.status == 429
         assert 1 <= int(response.headers["Retry-After"]) <= 21
         assert "Too many attempts" in field_error(await response.text(), "login")
-    for other in {"ann", "ann@example.org", "bob"} - set(spellings) - {"ann"}:
+    for other in {"ann@example.org", "bob"} - set(spellings):
         data = form(other) | wrong
         assert (await visitor.post("/login", data=data)).status == 422
 
@@ -1214,8 +977,8 @@ async def test_attempts_count_per_network_of_the_visitor(serve, monkeypatch):
     """A home has one IPv4 address, or a /64 of IPv6 ones."""
     remote = property(lambda request: request.headers.get("X-Test"))
     monkeypatch.setattr(chat.web.Request, "remote", remote)
-    server = await serve(chat.Settings(LOGIN_ATTEMPTS=2))
-    visitor, statuses = await server.visitor(), []
+    visitor = await (await serve(chat.Settings(LOGIN_ATTEMPTS=2))).visitor()
+    statuses = []
     for address in (
         "2001:db8::1", "2001:db8::ffff:2", "2001:db8:0:0:3::", "2001:db8:0:1::1",
         "fe80::1%eth0", "fe80::2%eth0", "fe80::3%eth1", "10.0.0.1", "10.0.0.2", "",
@@ -1226,9 +989,8 @@ async def test_attempts_count_per_network_of_the_visitor(serve, monkeypatch):
     assert statuses == [422, 422, 429, 422, 422, 422, 429, 422, 422, 422]
 
 
-async def test_what_the_throttle_keeps_for_strangers_has_a_bound(serve):
-    server = await serve(chat.Settings())
-    visitor, keys, room = await server.visitor(), [], server.app[chat.ROOM]
+async def test_what_the_throttle_keeps_for_strangers_has_a_bound(memory):
+    visitor, keys, room = await memory.visitor(), [], memory.app[chat.ROOM]
     attempts = room.attempts
     assert attempts.cache_info().maxsize <= 10_000
     room.attempts = lambda *key: keys.append(key) or attempts(*key)
@@ -1256,14 +1018,10 @@ BAD_COOKIES = {
     "bytes": "\udcff\udcfe", "long": "x" * 4000, "emoji": "💥",
     "foreign key": cookie(session("0" * 24), key="another"),
     "expired": cookie(session("0" * 24), at=time.time() - 15 * 24 * 60 * 60),
-    "unknown user": cookie(session("0" * 24)),
-    "no id": cookie(session("not an id")),
-    "number": cookie(session(17)),
-    "list": cookie(session(["x"])),
-    "null": cookie(session(None)),
-    "operator": cookie(session({"$gt": ""})),
-    "no JSON": cookie(b"not json"),
-    "no text": cookie(b"\xff\xfe"),
+    "unknown user": cookie(session("0" * 24)), "no id": cookie(session("not an id")),
+    "number": cookie(session(17)), "list": cookie(session(["x"])),
+    "null": cookie(session(None)), "operator": cookie(session({"$gt": ""})),
+    "no JSON": cookie(b"not json"), "no text": cookie(b"\xff\xfe"),
 }  # fmt: skip
 
 
@@ -1274,14 +1032,9 @@ async def test_bad_cookie_is_no_session_and_one_line_in_the_log_at_most(
     server = await serve(chat.Settings(SECRET_KEY=KEY))
     header = f"Cookie: CHAT_8080={BAD_COOKIES[kind]}"
     header = header.encode(errors="surrogateescape")
-    for _ in range(3):
-        head = await raw_request(server, b"GET /", header)
-        assert head.startswith(b"HTTP/1.1 303") and b"Location: /login" in head
-        assert (await raw_request(server, b"GET /ws", header)).startswith(
-            b"HTTP/1.1 401"
-        )
-        head = await raw_request(server, b"GET /login", header)
-        assert head.startswith(b"HTTP/1.1 200")
+    for path, status in 3 * ((b"/", b"303"), (b"/ws", b"401"), (b"/login", b"200")):
+        head = await raw_request(server, b"GET " + path, header)
+        assert head.startswith(b"HTTP/1.1 " + status)
     assert len(caplog.messages) <= 1 and "Traceback" not in caplog.text
 
 
@@ -1293,21 +1046,15 @@ async def session_cookie(server):
     return *first.split("=", 1), set(attributes)
 
 
-async def test_session_is_encrypted_and_out_of_reach_of_scripts(serve):
-    name, value, attributes = await session_cookie(
-        await serve(chat.Settings(ORIGIN=ORIGIN))
-    )
-    assert attributes == {"HttpOnly", "SameSite=Lax", "Secure", "Path=/"}
-    assert "ann" not in value and name == "CHAT_8080"
-
-
-async def test_session_in_memory_ends_with_the_browser_and_is_named_by_the_port(serve):
+async def test_session_is_encrypted_and_in_memory_named_by_the_port(serve):
     """Cookies know no port: two chats on one `localhost` would share one."""
-    name, _, attributes = await session_cookie(await serve(chat.Settings(PORT=8081)))
-    assert name == "CHAT_8081"
-    assert attributes == {"HttpOnly", "SameSite=Lax", "Path=/"}
+    server = await serve(chat.Settings(ORIGIN=ORIGIN, PORT=8081))
+    name, value, attributes = await session_cookie(server)
+    assert attributes == {"HttpOnly", "SameSite=Lax", "Secure", "Path=/"}
+    assert "ann" not in value and name == "CHAT_8081"
     servers = [await serve(chat.Settings(PORT=0)) for _ in "12"]
-    assert len({(await session_cookie(server))[0] for server in servers}) == 2
+    cookies = [await session_cookie(server) for server in servers]
+    assert cookies[0][0] != cookies[1][0] and "Secure" not in cookies[0][2]
 
 
 async def test_session_on_mongodb_lasts_two_weeks_on_every_process(serve, mongodb):
@@ -1319,12 +1066,11 @@ async def test_session_on_mongodb_lasts_two_weeks_on_every_process(serve, mongod
     assert page.startswith(b"HTTP/1.1 200")
 
 
-async def test_cookies_of_a_dozen_other_applications_do_no_harm(serve):
-    server = await serve(chat.Settings())
-    (cookie,) = (await sign_in(server)).session.cookie_jar
+async def test_cookies_of_a_dozen_other_applications_do_no_harm(memory):
+    (cookie,) = (await sign_in(memory)).session.cookie_jar
     others = [f"other{number}={5_000 * 'x'}" for number in range(12)]
     cookies = "; ".join([*others, f"{cookie.key}={cookie.value}"])
-    head = await raw_request(server, b"GET /", b"Cookie: " + cookies.encode())
+    head = await raw_request(memory, b"GET /", b"Cookie: " + cookies.encode())
     assert head.startswith(b"HTTP/1.1 200")
 
 
@@ -1335,42 +1081,33 @@ BAD_FORMS = {
     "multipart": (b"multipart/form-data; boundary=x", b"--x\r\nrubbish\r\n--x--"),
     "unknown charset": (FORM + b"; charset=klingon", b"a=b"),
     "half a surrogate pair": (FORM + b"; charset=unicode_escape", rb"login=\ud800nn"),
-    "text that is none": (FORM + b"; charset=ascii", b"login=\xff\xfe"),
     "bytes that are no text": (FORM, b"login=\xff\xfe"),
     "gzip that is none": (FORM + b"\r\nContent-Encoding: gzip", b"not  gzip"),
+    "too large": (FORM, b"login=" + 20_000 * b"x"),
 }
 
 
-@pytest.mark.parametrize("path", [b"/login", b"/signin"])
 @pytest.mark.parametrize("kind", BAD_FORMS)
-async def test_form_that_cannot_be_read_is_a_400_without_a_traceback(
-    serve, caplog, path, kind
+async def test_form_that_cannot_be_read_is_refused_without_a_traceback(
+    memory, caplog, kind
 ):
     content_type, body = BAD_FORMS[kind]
     headers = b"Content-Type: " + content_type, b"Content-Length: %d" % len(body)
-    server = await serve(chat.Settings())
-    answer = await raw_request(server, b"POST " + path, *headers, body=body)
-    assert answer.startswith(b"HTTP/1.1 400") and b"could not be read" in answer
-    assert "Traceback" not in caplog.text
-
-
-async def test_form_that_is_broken_or_huge_is_refused(serve, caplog):
-    server = await serve(chat.Settings())
+    for path in b"/login", b"/signin":
+        answer = await raw_request(memory, b"POST " + path, *headers, body=body)
+        status = b"413" if kind == "too large" else b"400"
+        assert answer.startswith(b"HTTP/1.1 " + status)
     headers = b"Content-Type: " + FORM, b"Transfer-Encoding: chunked"
-    answer = await raw_request(server, b"POST /login", *headers, body=b"zzz\r\n")
+    answer = await raw_request(memory, b"POST /login", *headers, body=b"zzz\r\n")
     assert re.match(rb"HTTP/1.[01] 400", answer)
-    visitor = await server.visitor()
-    response = await visitor.post("/login", data=form("ann", password="x" * 20_000))
-    assert response.status == 413
     assert "Traceback" not in caplog.text
 
 
 async def test_form_that_trickles_is_answered_and_its_connection_ends(
-    serve, monkeypatch, caplog
+    memory, monkeypatch, caplog
 ):
     monkeypatch.setattr(chat, "DEADLINE", 0.2)
-    server = await serve(chat.Settings())
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", memory.port)
     lines = ["POST /login HTTP/1.1", "Host: localhost", "Content-Length: 999"]
     lines += [f"Content-Type: {FORM.decode()}", "", "login=an"]
     writer.write("\r\n".join(lines).encode())
@@ -1385,64 +1122,18 @@ async def test_form_that_trickles_is_answered_and_its_connection_ends(
     assert "Traceback" not in caplog.text
 
 
-async def test_generated_forms_are_taken_or_refused_but_never_break(
-    serve, caplog, monkeypatch
-):
-    monkeypatch.setattr(chat, "hash_password", str.upper)  # this is about the rest
-
-    def forms(st):
-        field = st.text(max_size=40) | st.text("abc_-@. ", max_size=40)
-        password = st.just(PASSWORD) | field
-        fields = {"login": field, "email": field | st.just("")}
-        fields |= {"password": password, "password2": password}
-        return st.fixed_dictionaries({}, optional=fields) | st.fixed_dictionaries(
-            fields
-        )
-
-    server = await serve(chat.Settings())
-    for data in examples(forms, 60):
-        visitor = await server.visitor()
-        data = {key: text.encode(errors="replace") for key, text in data.items()}
-        headers = {"Content-Type": FORM.decode()}
-        for path in "/login", "/signin":
-            response = await visitor.post(path, data=urlencode(data), headers=headers)
-            assert response.status in {200, 422, 429}
-    assert "Traceback" not in caplog.text
-
-
 async def test_older_messages_are_on_a_plain_page(server):
     ann = await sign_in(server)
     await fill(server, 120)
-    page = await (await ann.get("/")).text()
-    assert shown_ids(page) == list(range(71, 121))
-    assert 'href="/?before=71"' in page
-    page = await (await ann.get("/?before=71")).text()
-    assert shown_ids(page) == list(range(21, 71))
-    page = await (await ann.get("/?before=21")).text()
-    assert shown_ids(page) == list(range(1, 21)) and "before=" not in page
-    page = await (await ann.get("/?before=1")).text()
-    assert shown_ids(page) == [] and "not kept" in page
-
-
-async def test_messages_older_than_what_is_kept_come_from_mongodb(serve, mongodb):
-    server = await serve(on(mongodb))
-    ann = await sign_in(server)
-    await fill(server, chat.HISTORY_SIZE + 30)
-    page = await (await ann.get("/?before=41")).text()
-    assert shown_ids(page) == list(range(1, 41))
-
-
-async def test_replay_in_memory_reaches_as_far_back_as_the_page(serve):
-    """Whatever the trimming leaves: both show what this process keeps."""
-    server = await serve(chat.Settings())
-    ann, count = await sign_in(server), chat.HISTORY_SIZE + 60
-    await fill(server, count)
-    await blank(server, chat.HISTORY_SIZE)  # reads everything again
-    await until(lambda: server.app[chat.ROOM].history.events[1000]["text"] == "")
-    ids = [event["id"] for event in (await connect(ann, after=0)).replayed]
-    assert ids[-60:-1] + [ids[-1]] == [*range(count - 58, count + 1), 1_000]
-    page = await (await ann.get(f"/?before={ids[0] + 10}")).text()
-    assert shown_ids(page) == list(range(ids[0], ids[0] + 10))
+    for path, first, last, older in (
+        ("/", 71, 120, "/?before=71"), ("/?before=", 71, 120, "/?before=71"),
+        ("/?before=71", 21, 70, "/?before=21"), ("/?before=21", 1, 20, None),
+        ("/?before=1", 1, 0, None),
+    ):  # fmt: skip
+        page = await (await ann.get(path)).text()
+        assert shown_ids(page) == list(range(first, last + 1))
+        assert f'href="{older}"' in page if older else "?before=" not in page
+    assert "not kept" in page
 
 
 @pytest.mark.parametrize("number", ["x", "-1", "1.5", "٣", "9" * 16, "1 OR 1=1"])
@@ -1532,32 +1223,6 @@ async def test_returning_reader_gets_missed_messages_in_order_and_then_welcome(s
         assert (await connect(ann, after)).replayed == []
 
 
-async def test_nothing_falls_between_replay_and_live_and_nothing_comes_twice(server):
-    """Readers come back again and again while one sender never pauses."""
-    ann, room = await sign_in(server), server.app[chat.ROOM]
-
-    async def talk():
-        for number in range(1, 301):
-            await chat.post(room, EVE, 1_000 * "x", f"{number}")
-            await asyncio.sleep(0.001)
-
-    async def listen():
-        seen = [0]
-        while seen[-1] < 300:
-            ws = await ann.ws_connect(f"/ws?after={seen[-1]}")
-            for _ in range(23):
-                event = await read(ws)
-                if event["type"] == "message":
-                    seen.append(event["id"])
-                if seen[-1] == 300:
-                    break
-            await ws.close()
-        return seen
-
-    *seen, _ = await asyncio.gather(*(listen() for _ in range(4)), talk())
-    assert seen == 4 * [list(range(301))]
-
-
 async def test_message_broadcast_during_a_replay_is_replayed_as_well(
     server, monkeypatch
 ):
@@ -1598,14 +1263,6 @@ async def test_message_broadcast_at_the_end_of_a_replay_comes_once(server, monke
     assert heard == ["third"]
 
 
-async def test_reader_that_missed_more_than_is_kept_sees_the_gap(serve):
-    server = await serve(chat.Settings())
-    ann = await sign_in(server)
-    await fill(server, chat.HISTORY_SIZE + 10)
-    ids = [event["id"] for event in (await connect(ann, after=5)).replayed]
-    assert ids == list(range(11, chat.HISTORY_SIZE + 11))  # not 6: a gap
-
-
 def event(**fields):
     return json.dumps({"type": "message", "text": "x", "nonce": "n"} | fields)
 
@@ -1638,29 +1295,6 @@ async def test_bad_event_gets_an_error_without_a_nonce_and_the_socket_stays(
     assert caplog.text == ""
 
 
-async def test_generated_frames_never_break_the_socket(serve, caplog):
-    """Any JSON, any text, any bytes: an answer, or the message; never silence."""
-
-    def frames(st):
-        text = st.text(st.characters(), max_size=70)
-        scalar = st.none() | st.booleans() | st.floats() | st.integers() | text
-        value = st.recursive(scalar, lambda v: st.lists(v) | st.dictionaries(text, v))
-        fields = {"type": st.just("message") | value, "text": value, "nonce": value}
-        names = st.sampled_from(["type", "text", "nonce", "id"])
-        events = st.fixed_dictionaries(fields) | st.dictionaries(names, value)
-        return events | value | text | st.binary(max_size=50)
-
-    ws = await connect(await sign_in(await serve(chat.Settings(MESSAGE_BURST=1000))))
-    for frame in examples(frames, 200):
-        if isinstance(frame, bytes):
-            await ws.send_bytes(frame)
-        else:
-            await ws.send_str(json.dumps(frame))
-        assert (await read(ws, "error", "receipt"))["type"] in {"error", "receipt"}
-    assert (await say(ws, "still here"))["text"] == "still here"
-    assert caplog.text == ""
-
-
 INVISIBLE = [
     "", " \n\t", "\u200b" * 3, "\u3164", "\u2800\u2800", "\u00ad", "\u2060\ufeff",
     "\u202e \u202c", "\u2028\u2029", "\0\x1b", "\U000e0041\U000e007f", "\n" * 1_000,
@@ -1669,58 +1303,33 @@ INVISIBLE = [
 
 async def test_empty_and_too_long_are_errors_that_name_the_nonce(serve):
     """Empty is what shows nothing; too long are characters, not bytes."""
-    server = await serve(chat.Settings(MAX_MESSAGE_LENGTH=1_000, MESSAGE_BURST=1000))
-    ws = await connect(await sign_in(server))
-    for texts, code in (INVISIBLE, "empty"), (["x" * 1_001], "too_long"):
+    server = await serve(chat.Settings(MAX_MESSAGE_LENGTH=10_000, MESSAGE_BURST=1000))
+    from_ann, from_bob = await connect_two(server)
+    for texts, code in (INVISIBLE, "empty"), (["x" * 10_001], "too_long"):
         for text in texts:
-            error = await send(ws, text, "n1")
+            error = await send(from_ann, text, "n1")
             assert (error["type"], error.get("code")) == ("error", code), ascii(text)
-    for text in "\u200bx", "😀\ufe0f", "\u0301", "–", "😀" * 1_000:
-        assert (await say(ws, text))["text"] == text
-
-
-async def test_longest_message_fits_in_however_it_is_written(serve):
-    server = await serve(chat.Settings(MAX_MESSAGE_LENGTH=10_000))
-    from_ann = await connect(await sign_in(server, "ann"))
-    from_bob = await connect(await sign_in(server, "bob"))
-    for text in "😀" * 10_000, "\0" * 9_999 + "x", "é" * 10_000:
+    for text in "\u200bx", "\u0301", "–", "😀" * 10_000, "\0" * 9_999 + "x":
         assert (await say(from_ann, text))["text"] == text
         assert (await read(from_bob, "message"))["text"] == text
-
-
-async def test_frame_too_big_closes_with_1009(server):
-    ann = await sign_in(server)
-    ws = await connect(ann)
-    await ws.send_str("x" * 200_000)
-    assert await closed(ws) == 1009
-    assert (await connect(ann)).welcome["user"] == "ann"
+    await from_ann.send_str("x" * 200_000)
+    assert await closed(from_ann) == 1009
 
 
 async def test_every_frame_counts_toward_its_users_limit_on_whichever_socket(serve):
     """Also the refused ones, pings and pongs; and coming back refills nothing."""
     server = await serve(chat.Settings(MESSAGE_BURST=10, MESSAGES_PER_SECOND=5))
-    ann, from_bob = await sign_in(server), await connect(await sign_in(server, "bob"))
-    first, second = await connect(ann), await connect(ann)
-    started = time.monotonic()
-    for ws in first, second:
+    ann, started = await sign_in(server), time.monotonic()
+    for _ in range(2):
+        ws = await connect(ann)
         for frame in "", "rubbish", event(text=""):
             await ws.send_str(frame)
-        for frame in first.ping, first.pong, ws.send_bytes:
-            await frame(b"x")
-    await until(lambda: is_answered(second, 4))
-    await first.close()
-    assert (await send(await connect(ann), "hello", "n1"))["type"] == "receipt"
-    # 14 frames, of which 10 pass at once: the others take 0.2 seconds each, at least.
-    assert time.monotonic() - started >= 0.8
-    async with asyncio.timeout(0.8 * 5):
-        for number in range(10):  # Bob has a limit of his own
-            await send(from_bob, "hello", f"{number}")
-
-
-async def is_answered(ws, count):
-    for _ in range(count):
-        await read(ws, "error")
-    return True
+        for kind in ws.ping, ws.pong, ws.send_bytes:
+            await kind(b"x")
+        assert [(await read(ws, "error"))["type"] for _ in range(4)]
+    await send(await connect(ann), "hello", "n1")
+    # 10 of these 13 frames pass at once, and each of the others after 0.2 seconds.
+    assert time.monotonic() - started >= 0.6
 
 
 async def test_sender_beyond_the_limit_is_not_read_delays_nobody_and_loses_nothing(
@@ -1732,15 +1341,15 @@ async def test_sender_beyond_the_limit_is_not_read_delays_nobody_and_loses_nothi
     (mine,) = sockets_of(server, "ann")
 
     async def flood():
-        for number in range(1_500):
+        for number in range(750):
             await send_only(from_ann, "x" * 900, f"n{number}")
 
     started, flooding = time.monotonic(), asyncio.create_task(flood())
     await until(lambda: not mine.transport.is_reading())
     await say(from_bob, "hello")
-    nonces = [(await read(from_ann, "receipt"))["nonce"] for _ in range(1_500)]
-    assert nonces == [f"n{number}" for number in range(1_500)]
-    assert time.monotonic() - started >= 2.9
+    nonces = [(await read(from_ann, "receipt"))["nonce"] for _ in range(750)]
+    assert nonces == [f"n{number}" for number in range(750)]
+    assert time.monotonic() - started >= 1.4
     await flooding
 
 
@@ -1764,15 +1373,13 @@ async def test_one_window_too_many_is_refused_before_its_upgrade(serve):
 async def test_heartbeat_tells_every_reader_the_newest_number(serve, monkeypatch):
     assert chat.HEARTBEAT == 20
     monkeypatch.setattr(chat, "HEARTBEAT", 0.05)
-    server = await serve(chat.Settings())
-    sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
-    for ws in sockets:
-        assert await read(ws, "heartbeat") == {"type": "heartbeat", "last": 0}
-    await say(sockets[0], "hello")
-    for ws in sockets:
-        while (heartbeat := await read(ws, "heartbeat"))["last"] == 0:
-            pass
-        assert heartbeat["last"] == 1
+    ws = await connect(await sign_in(await serve(chat.Settings())))
+    assert await read(ws, "heartbeat") == {"type": "heartbeat", "last": 0}
+    await say(ws, "hello")
+    await until(lambda: read(ws, "heartbeat"))
+    while (heartbeat := await read(ws, "heartbeat"))["last"] == 0:
+        pass
+    assert heartbeat["last"] == 1
 
 
 async def test_user_is_online_while_any_process_has_the_name(monkeypatch):
@@ -1817,29 +1424,13 @@ async def test_users_see_each_other_come_and_go_once_for_all_their_tabs(server):
     assert await read(from_ann) == {"type": "left", "user": "bob"}
 
 
-async def test_outage_is_no_departure_and_what_happened_meanwhile_is_told_after_it(
-    own_mongodb, serve, caplog
-):
-    server = await serve(on(own_mongodb.uri))
-    ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
-    from_ann, from_bob = await connect(ann), await connect(bob)
-    while await read(from_ann, "joined") != {"type": "joined", "user": "bob"}:
-        pass
-    own_mongodb.freeze()
-    await from_bob.close()
-    await asyncio.sleep(chat.GRACE + chat.DEADLINE + 1)
-    assert "bob" in server.app[chat.ROOM].online
-    own_mongodb.thaw()
-    assert await read(from_ann) == {"type": "left", "user": "bob"}
-    lines = [line for line in caplog.messages if line.startswith("Presence")]
-    assert len(lines) == 1
-
-
 async def stall(server, session, path="/ws"):
-    """Open a WebSocket that never reads, with as little room as the kernel allows."""
+    """Open a WebSocket that never reads, with as little room as the kernel allows. When
+    it is closed, it hangs up without a word."""
     (cookie,) = session.cookie_jar
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.connect(("127.0.0.1", server.port))
     lines = [f"GET {path} HTTP/1.1", "Host: localhost", "Upgrade: websocket"]
     lines += ["Connection: Upgrade", "Sec-WebSocket-Version: 13"]
@@ -1849,10 +1440,6 @@ async def stall(server, session, path="/ws"):
     ]
     sock.send("\r\n".join([*lines, "", ""]).encode())
     return sock
-
-
-def reset_at_close(sock):
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 async def test_reader_that_stops_reading_delays_nobody_and_is_cut_off(serve):
@@ -1876,27 +1463,24 @@ async def test_reader_that_stops_or_goes_during_its_replay_delays_nobody(serve, 
     server = await serve(chat.Settings(MAX_MESSAGE_LENGTH=10_000))
     ann, bob = await sign_in(server, "ann"), await sign_in(server, "bob")
     await fill(server, 300, text="😀" * 10_000)
-    with await stall(server, bob.session, "/ws?after=0") as reader:
+    with await stall(server, bob.session, "/ws?after=0"):
         await until(lambda: sockets_of(server, "bob"))
         ws = await connect(ann, after=0)
         assert len(ws.replayed) == 300
         assert (await say(ws, "next"))["id"] == 301
         (stalled,) = sockets_of(server, "bob")
         await until(lambda: stalled.transport.get_write_buffer_size() > 10_000)
-        reset_at_close(reader)
     await until(lambda: not sockets_of(server, "bob"))
     assert caplog.text == ""
 
 
-async def test_client_that_is_gone_in_the_middle_of_an_answer_is_no_error(
-    serve, caplog
+async def test_client_that_floods_and_is_gone_leaves_at_once_and_is_no_error(
+    memory, caplog
 ):
-    server = await serve(chat.Settings())
-    with await stall(server, (await sign_in(server)).session) as client:
-        await until(lambda: sockets_of(server, "ann"))
+    with await stall(memory, (await sign_in(memory)).session) as client:
+        await until(lambda: sockets_of(memory, "ann"))
         client.send(500 * b"\x81\x81\0\0\0\0x")  # each gets an answer
-        reset_at_close(client)
-    await until(lambda: not server.app[chat.ROOM].sockets)
+    await until(lambda: not memory.app[chat.ROOM].sockets)
     assert caplog.text == ""
 
 
@@ -1948,100 +1532,54 @@ async def test_aiohttps_writes_and_ours_keep_their_order_on_one_socket(serve):
     """Replay, pongs, pings and the close frame are aiohttp's; the others are ours.
 
     We write beneath its writer. If that held back, split or compressed a frame of its
-    own, then frames would change places, or break.
+    own, then frames would change places, or break. Nothing may follow the close frame.
     """
-    settings = chat.Settings(MESSAGE_BURST=1000, MAX_MESSAGE_LENGTH=10_000)
-    server = await serve(settings)
-    ann, room, data = await sign_in(server), server.app[chat.ROOM], b""
+    limits = {"MESSAGE_BURST": 1_000, "MAX_MESSAGE_LENGTH": 10_000}
+    server = await serve(chat.Settings(**limits))
+    ann, room = await sign_in(server), server.app[chat.ROOM]
     await fill(server, 30, text="😀" * 10_000)
-    (cookie,) = ann.session.cookie_jar
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    lines = ["GET /ws?after=0 HTTP/1.1", "Host: localhost", "Upgrade: websocket"]
-    lines += ["Connection: Upgrade", "Sec-WebSocket-Version: 13"]
-    lines += ["Sec-WebSocket-Extensions: permessage-deflate"]
-    lines += [
-        f"Sec-WebSocket-Key: {22 * 'x'}==",
-        f"Cookie: {cookie.key}={cookie.value}",
-    ]
-    writer.write("\r\n".join([*lines, "", ""]).encode())
+    sock = await stall(server, ann.session, "/ws?after=0")
+    reader, writer = await asyncio.open_connection(sock=sock)
     assert b"101" in await reader.readuntil(b"\r\n\r\n")
-    sent = [(9, b"p%d" % n) if n % 2 else (1, event(nonce=f"n{n}").encode())
-            for n in range(60)]  # fmt: skip
-    writer.write(b"".join(masked(*frame) for frame in sent))
-    await until(lambda: sockets_of(server, "ann") and sockets_of(server, "ann")[0].live)
+    for number in range(0, 60, 2):
+        writer.write(masked(1, event(nonce=f"{number}").encode()))
+        writer.write(masked(9, b"%d" % (number + 1)))
+    await until(lambda: [one for one in sockets_of(server, "ann") if one.live])
     (mine,) = sockets_of(server, "ann")
-    for number in range(31, 61):
-        await chat.post(room, EVE, "y" * 5_000, f"{number}")
-        await mine.ws.ping(b"from aiohttp")
+    for number in range(30):
+        await chat.post(room, EVE, "y" * 5_000, f"e{number}")
+        await mine.ws.ping(b"ping")
     await until(lambda: room.history.last == 90)
-    await chat.close([mine])
+    closing = asyncio.create_task(mine.ws.close(code=1001, drain=False))
+    await asyncio.sleep(0)  # the close frame is out, and the socket still in the room
     chat.broadcast(room, {"type": "too late"})
-    chat.flush(room)
-    data = await asyncio.wait_for(reader.read(), 10)
-    frames, rest = parse_frames(data)
+    frames, rest = parse_frames(await asyncio.wait_for(reader.read(), 10))
     writer.close()
+    await closing
     events = [json.loads(payload) for opcode, payload in frames if opcode == 1]
     assert rest == b"" and frames[-1] == (8, struct.pack("!H", 1001))
-    told = [e.get("id") or e["type"] for e in events if e["type"] not in {"receipt"}]
-    assert [n for n in told if isinstance(n, int)] == list(range(1, 91))
-    assert told.index("welcome") == told.index(30) + 1 and "too late" not in told
-    assert frames.count((9, b"from aiohttp")) == 30
-    answers = [p if o == 10 else json.loads(p)["nonce"].encode() for o, p in frames
-               if o == 10 or (o == 1 and b'"receipt"' in p)]  # fmt: skip
-    assert answers == [b"p%d" % n if n % 2 else b"n%d" % n for n in range(60)]
+    told = [one["id"] for one in events if one["type"] == "message"]
+    assert told == list(range(1, 91)) and events[30]["type"] == "welcome"
+    assert frames.count((9, b"ping")) == 30
+    answers = [int(payload if opcode == 10 else json.loads(payload)["nonce"])
+               for opcode, payload in frames
+               if opcode == 10 or b'"receipt"' in payload]  # fmt: skip
+    assert answers == list(range(60))
 
 
-class Recorder:
-    """A transport that notes what is written to it."""
-
-    def __init__(self, transport):
-        self.transport, self.writes = transport, []
-
-    def __getattr__(self, name):
-        return getattr(self.transport, name)
-
-    def write(self, data):
-        self.writes.append(data)
-        self.transport.write(data)
-
-
-async def test_frames_that_fall_due_together_leave_in_one_write(serve):
-    server = await serve(chat.Settings())
-    ws, room = await connect(await sign_in(server)), server.app[chat.ROOM]
-    (mine,) = room.sockets
-    mine.transport = Recorder(mine.transport)
+async def test_frames_that_fall_due_together_leave_in_one_write(memory):
+    ws, room = await connect(await sign_in(memory)), memory.app[chat.ROOM]
+    (mine,), writes = room.sockets, []
+    write = mine.write
+    mine.write = lambda frames: writes.append(frames) or write(frames)
     await asyncio.gather(*(chat.post(room, EVE, "x", f"{n}") for n in range(8)))
     assert [(await read(ws, "message"))["id"] for _ in range(8)] == list(range(1, 9))
-    assert len(mine.transport.writes) < 8
-
-
-async def test_socket_that_is_closing_gets_nothing_after_the_close_frame(serve):
-    server = await serve(chat.Settings())
-    ann, room = await sign_in(server), server.app[chat.ROOM]
-    ws = await connect(ann)
-    (mine,) = room.sockets
-    other = await connect(ann)
-    closing = asyncio.create_task(mine.ws.close(code=1001, drain=False))
-    await asyncio.sleep(0)  # the close frame is out, the socket still in the room
-    mine.transport = Recorder(mine.transport)
-    chat.broadcast(room, {"type": "left", "user": "nobody"})
-    chat.flush(room)
-    assert mine in room.sockets and mine.transport.writes == []
-    assert await read(other, "left") == {"type": "left", "user": "nobody"}
-    assert await closed(ws) == 1001
-    await closing
+    assert len(writes) < 8
 
 
 # ==============================================================================
 # 6. Routes and static
 # ==============================================================================
-def test_routes_have_the_names_and_paths_of_the_contract():
-    app = chat.init_app(chat.Settings())
-    paths = {route.name: route.resource.canonical for route in app.router.routes()}
-    assert paths == {
-        "main": "/", "chat": "/ws", "login": "/login", "signin": "/signin",
-        "signout": "/signout", "static": "/static",
-    }  # fmt: skip
 
 
 async def test_every_page_carries_the_security_headers_and_a_websocket_none(serve):
@@ -2060,42 +1598,37 @@ async def test_every_page_carries_the_security_headers_and_a_websocket_none(serv
     assert "Content-Security-Policy" not in headers
 
 
-@pytest.mark.parametrize(
-    ("host", "framed_by"),
-    [
-        ("127.0.0.1:8080", "'self' http://127.0.0.1:*"),
-        ("localhost", "'self' http://localhost:*"),
-        ("[::1]:8080", "'self' http://[::1]:*"),
-        (ORIGIN, "'self'"),
-    ],
-)
+FRAMES = [
+    ("127.0.0.1:8080", "", "'self' http://127.0.0.1:*"),
+    ("localhost", "", "'self' http://localhost:*"),
+    ("[::1]:8080", "", "'self' http://[::1]:*"), ("chat.example", ORIGIN, "'self'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("host", "set_to", "framed_by"), FRAMES)
 async def test_page_may_be_framed_by_this_host_unless_origin_is_set(
-    serve, host, framed_by
+    serve, host, set_to, framed_by
 ):
     """A notebook on another port shows the chat in a frame."""
-    origin = host if host == ORIGIN else ""
-    visitor = await (await serve(chat.Settings(ORIGIN=origin))).visitor()
-    headers = {"Host": host.removeprefix("https://")}
-    policy = (await visitor.get("/login", headers=headers)).headers
-    policy = policy["Content-Security-Policy"]
+    visitor = await (await serve(chat.Settings(ORIGIN=set_to))).visitor()
+    response = await visitor.get("/login", headers={"Host": host})
+    policy = response.headers["Content-Security-Policy"]
     assert policy.partition("frame-ancestors ")[2] == framed_by
 
 
-async def test_odd_headers_break_nothing(serve, caplog):
-    def lines(st):
-        value = st.binary(max_size=60).map(lambda data: re.sub(rb"[\r\n\0]", b"", data))
-        names = [b"Cookie", b"Origin", b"Host", b"X-Forwarded-Host", b"Content-Type"]
-        names += [b"Upgrade", b"Connection", b"Content-Length", b"Referer"]
-        header = st.tuples(st.sampled_from(names), value).map(b": ".join)
-        return header | value.map(lambda data: b"Cookie: CHAT_8080=" + data)
+ODD = [
+    b"Host:", b"\xff: x", b"X: " + 9_000 * b"y", b"Expect: rubbish", b"Host: [::1",
+    b"Transfer-Encoding: rubbish", b"Content-Length: -1", b"Upgrade: rubbish",
+    b"Cookie: =;;=\xff; \x01", b"Origin: \xff\xfe", b"Referer: http://[", b"Host: \xff",
+    b"Content-Type: \xff; charset=\xfe", b"Accept-Encoding: \xff",
+]  # fmt: skip
 
-    server = await serve(chat.Settings())
-    odd = [b"Host:", b"\xff: x", b"X: " + 9_000 * b"y", b"Expect: rubbish"]
-    odd += [b"Transfer-Encoding: rubbish", b"Content-Length: -1", b"Host: [::1"]
-    for line in odd + examples(lines, 100):
-        for request in b"GET /", b"GET /ws", b"POST /login":
-            answer = await raw_request(server, request, line, b"Content-Length: 0")
-            assert re.match(rb"HTTP/1.[01] [34]", answer), (line, answer[:200])
+
+@pytest.mark.parametrize("header", ODD)
+async def test_odd_header_breaks_nothing(memory, caplog, header):
+    for request in b"GET /login", b"GET /", b"GET /ws", b"POST /login":
+        answer = await raw_request(memory, request, header)
+        assert re.match(rb"HTTP/1.[01] [1234]", answer), answer[:200]
     assert "Traceback" not in caplog.text
 
 
@@ -2116,23 +1649,20 @@ def test_chat_starts_with_nothing_set_and_stops_without_a_word(start, number):
 
 
 @pytest.mark.parametrize("redirection", ["| head -1", ">&-", ">&- 2>&- <&-"])
-def test_nobody_has_to_listen_to_what_the_chat_prints(start, redirection):
+def test_nobody_has_to_listen_to_what_the_chat_prints(redirection):
     """As in a pipe that ends after a line, or without a console."""
-    port = unused_port()
-    script = f"{sys.executable} chat.py {redirection}"
-    process = subprocess.Popen(
-        ["bash", "-c", f"set -o pipefail; PORT={port} exec {script}"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+    port, pipes = unused_port(), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    script = f"set -o pipefail; PORT={port} {sys.executable} chat.py {redirection}"
+    options = {"cwd": ROOT, "start_new_session": True} | pipes
+    process = subprocess.Popen(["bash", "-c", script], **options)
     try:
         wait_for(lambda: can_connect(port))
-        for _ in range(2):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/login") as response:
-                assert response.status == 200
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/login") as response:
+            assert response.status == 200
     finally:
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=20)
-    assert (process.returncode, errors) == (0, b"")
+    assert errors == b""
 
 
 def test_task_that_fails_is_logged_and_ends_the_process(start, tmp_path):
@@ -2144,23 +1674,6 @@ def test_task_that_fails_is_logged_and_ends_the_process(start, tmp_path):
     assert code == 1 and "CTRL+C" in output
     assert errors.count("A background task failed") == 1
     assert "in keep_alive" in errors and "TypeError" in errors
-
-
-@pytest.mark.parametrize("name", ["follow", "keep_presence", "keep_alive"])
-async def test_every_background_task_is_watched(monkeypatch, caplog, name):
-    async def fail(room):
-        raise KeyError("a fault of ours")
-
-    monkeypatch.setattr(chat, name, fail)
-    runner = chat.web.AppRunner(chat.init_app(chat.Settings()))
-    with pytest.raises(BaseException) as caught:
-        await runner.setup()
-        await asyncio.sleep(10)  # the group cancels whoever entered it
-    assert isinstance(caught.value, asyncio.CancelledError | BaseExceptionGroup)
-    asyncio.current_task().uncancel()
-    with contextlib.suppress(BaseExceptionGroup):
-        await runner.cleanup()
-    assert "KeyError: 'a fault of ours'" in caplog.text
 
 
 async def test_database_that_cannot_be_followed_ends_the_start(mongodb, monkeypatch):
@@ -2207,75 +1720,52 @@ async def test_log_of_requests_has_no_password_hash_and_no_email(start, mongodb)
     assert "argon2" not in errors and "ann@" not in errors and PASSWORD not in errors
 
 
+LOGGERS = ["chat", "aiohttp.server", "aiohttp_session", "asyncio", "pymongo.client"]
+
+
+@pytest.mark.parametrize("name", LOGGERS)
 def test_repeated_line_is_logged_once_a_minute_whatever_a_client_puts_into_it(
-    monkeypatch, caplog
+    monkeypatch, caplog, name
 ):
     now = 1_000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     chat.init_app(chat.Settings())
-    for name in (
-        "chat",
-        "aiohttp.server",
-        "aiohttp_session",
-        "asyncio",
-        "pymongo.client",
-    ):
-        for number in range(3):
-            logging.getLogger(name).warning(f"{name} has seen %s", number)
-    assert len(caplog.messages) == 5
+    for number in range(3):
+        logging.getLogger(name).warning("A client has sent %s", number)
+    assert len(caplog.messages) == 1
     now += 60
-    logging.getLogger("chat").warning("chat has seen %s", 4)
-    assert len(caplog.messages) == 6
+    logging.getLogger(name).warning("A client has sent %s", 4)
+    assert len(caplog.messages) == 2
 
 
-def test_database_that_never_answers_is_one_line_and_exit_code_2(start):
-    """So is a file of MONGO_HOST's that is not there: the address is not to blame."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        uris = (
-            f"mongodb://ann:s3cret@127.0.0.1:{silent.getsockname()[1]}/",
-            ("mongodb://127.0.0.1/?tls=true&tlsCAFile=/nowhere"),
-        )
-        for process in [start(MONGO_HOST=uri, SECRET_KEY=KEY) for uri in uris]:
-            code, _, errors = process.end()
-            assert (code, errors.count("\n")) == (2, 1), errors
-            assert errors.startswith("chat: MONGO_HOST ") and "s3cret" not in errors
-
-
-def test_address_that_cannot_be_listened_on_is_one_line(start):
+def test_what_prevents_the_start_is_one_line_that_names_the_setting(start):
+    """A MongoDB that never answers, a file that is not there, a taken port …"""
+    tls = "mongodb://127.0.0.1/?tls=true&tlsCAFile=/nowhere"
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        wrong = [{"PORT": str(taken.getsockname()[1])}]
-        hosts = "no.such.host.invalid", "1.2.3.4", "a..b", "x" * 70
-        wrong += [{"SITE_HOST": host} for host in hosts]
-        for process in [start(**settings) for settings in wrong]:
+        port = str(taken.getsockname()[1])
+        wrong = [{"MONGO_HOST": f"mongodb://ann:s3cret@127.0.0.1:{port}/"}]
+        wrong += [{"MONGO_HOST": tls}, {"PORT": port}, {"SITE_HOST": "1.2.3.4"}]
+        wrong += [{"SITE_HOST": host} for host in ("host.invalid", "a..b", "x" * 70)]
+        for process in [start(**settings, SECRET_KEY=KEY) for settings in wrong]:
             code, _, errors = process.end()
             assert (code, errors.count("\n")) == (2, 1), errors
-            assert errors.startswith("chat: SITE_HOST and PORT ")
+            blamed = "MONGO_HOST" if wrong.pop(0).get("MONGO_HOST") else "SITE_HOST"
+            assert errors.startswith(f"chat: {blamed} ") and "s3cret" not in errors
 
 
-async def test_every_socket_is_closed_with_1001(serve, settings):
-    server = await serve(settings)
-    sockets = [await connect(await sign_in(server, name)) for name in ("ann", "bob")]
-    codes = asyncio.gather(*map(closed, sockets))
-    await asyncio.sleep(0)
-    await server.close()
-    assert await codes == [1001, 1001]
-
-
-async def test_a_thousand_sockets_close_at_once_and_a_stalled_reader_holds_nothing(
-    start,
-):
+async def test_all_sockets_close_at_once_with_1001_though_a_reader_has_stalled(start):
     limits = {"MESSAGES_PER_SECOND": "1000", "MESSAGE_BURST": "1000"}
     limits |= {"MAX_MESSAGE_LENGTH": "10000", "MAX_UNSENT_BYTES": str(1 << 30)}
-    process = start(CONNECTIONS_PER_PERSON="1001", **limits).wait_until_ready()
+    process = start(CONNECTIONS_PER_PERSON="501", **limits).wait_until_ready()
     jar, connector = aiohttp.CookieJar(unsafe=True), aiohttp.TCPConnector(limit=0)
     options = {"connector": connector, "cookie_jar": jar}
     async with aiohttp.ClientSession(process.url, **options) as session:
         await session.post("/signin", data=form("ann"))
         with await stall(process, session):
             ws = await session.ws_connect("/ws")
-            for _ in range(400):  # 16 MB: the kernel holds about 4 of them
+            for _ in range(250):  # 10 MB: the kernel holds about 4 of them
                 await say(ws, "😀" * 10_000)
-            sockets = [await session.ws_connect("/ws") for _ in range(999)]
+            sockets = [await session.ws_connect("/ws") for _ in range(499)]
             codes = [asyncio.create_task(closed(ws)) for ws in [ws, *sockets]]
             process.process.send_signal(signal.SIGINT)
             assert set(await asyncio.gather(*codes)) == {1001}
