@@ -456,7 +456,8 @@ async def exchange_names(db: Database, process: ObjectId, names: set[str]) -> se
     await entries.update_one({"_id": process}, update, upsert=True)
     since = {"$subtract": ["$$NOW", FRESH * 1_000]}
     fresh = {"names": {"$type": "array"}, "$expr": {"$gt": ["$seen", since]}}
-    return {name async for entry in entries.find(fresh) for name in entry["names"]}
+    found = [name async for entry in entries.find(fresh) for name in entry["names"]]
+    return {name for name in found if isinstance(name, str)}  # none of a foreign entry
 
 
 # --- Details: skip at first ---
@@ -478,7 +479,7 @@ STANDALONE = (
 CLIENT_OPTIONS = {
     "w": "majority", "readConcernLevel": "majority", "timeoutMS": DEADLINE * 1_000,
     "datetime_conversion": "DATETIME_AUTO", "unicode_decode_error_handler": "replace",
-    "tz_aware": True,
+    "tz_aware": True, "serverSelectionTimeoutMS": 3_000,
 }  # fmt: skip
 
 
@@ -598,8 +599,7 @@ class Login(web.View):
         network = ip if "." in ip else ipaddress.ip_interface(f"{ip}/64").network
         limiter = self.request.app[ROOM].attempts(network, fold(login)[:LONGEST_FIELD])
         if not limiter.has_capacity():
-            wait = int(limiter.time_period / limiter.max_rate) + 1
-            raise FormError({"login": f"Too many attempts. Wait {wait} s."}, 429, wait)
+            raise FormError({"login": "Too many attempts. Wait a minute."}, 429, 60)
         await limiter.acquire()
 
     async def in_hash_thread(self, work, *args):
@@ -848,6 +848,8 @@ class WebSocket(web.View):
         limiter = self.room.frame_limiter(self.user["_id"])
         async for frame in self.ws:
             await limiter.acquire()
+            if self.transport.is_closing():  # the client has hung up
+                return
             if frame.type is WSMsgType.PING:
                 await self.ws.pong(frame.data)
             elif frame.type in {WSMsgType.TEXT, WSMsgType.BINARY}:
@@ -947,7 +949,7 @@ def apply(room: Room, change: dict) -> None:
     """Do what a change asks for. Raises PyMongoError to have everything read again."""
     match change:
         case {"operationType": "delete", "documentKey": {"_id": user_id}}:
-            expel(room, {user_id})
+            expel(room, [user_id])
         case {"operationType": operation, "fullDocument": dict(message)}:
             event, last = to_event(message), room.history.last
             if event and event["id"] > last + 1:  # we missed a change
@@ -971,7 +973,7 @@ def to_event(message: dict) -> dict | None:
     return None
 
 
-def expel(room: Room, user_ids: set[ObjectId]) -> None:
+def expel(room: Room, user_ids: list | set) -> None:
     """End the sockets of deleted accounts, even those that are still opening."""
     sockets = [socket for socket in room.sockets if socket.user["_id"] in user_ids]
     room.tasks.create_task(close(sockets, WSCloseCode.POLICY_VIOLATION))
@@ -1234,9 +1236,8 @@ def init_app(settings: Settings) -> web.Application:
 async def run_room(app: web.Application):
     """Connect to the database, run the room's tasks, and disconnect at the end.
 
-    Accept no request before the history has been read. If a task fails, the group
-    cancels the others and whoever entered it: aiohttp shuts down, the process ends with
-    a traceback and exit code 1, and its host restarts it. Raises CannotStart.
+    Accept no request before the history has been read. If a task fails, the group ends
+    the others and the process, with exit code 1; a host restarts it. Raises CannotStart.
     """
     db = await open_database(app[SETTINGS])
     app[ROOM] = room = Room(db, app[SETTINGS])
@@ -1248,11 +1249,12 @@ async def run_room(app: web.Application):
                 await room.caught_up.wait()
             await look(room)  # who is online, before the first request
             yield
-        for task in tasks:
+        for task in tasks[1:]:
             task.cancel()
-    with suppress(*DATABASE_ERRORS):  # the entry expires by itself
-        await db.mongo.processes.delete_one({"_id": room.process})
-    db.mongo.client.close()
+        with suppress(*DATABASE_ERRORS):  # the entry expires by itself
+            await db.mongo.processes.delete_one({"_id": room.process})
+        db.mongo.client.close()  # or during an outage, `follow` ends after 25 seconds
+        tasks[0].cancel()
     if not room.caught_up.is_set():
         raise CannotStart("MONGO_HOST: the stream of changes did not open in time")
 
