@@ -191,9 +191,7 @@ def test_old_names_are_told_if_the_env_file_has_them(monkeypatch, run_main, tmp_
     assert "HOST" in second and "SITE_HOST" in second
 
 
-def test_env_file_with_other_bytes_than_text_is_one_line(
-    monkeypatch, run_main, tmp_path
-):
+def test_env_file_that_is_no_text_is_one_line(monkeypatch, run_main, tmp_path):
     (tmp_path / ".env").write_bytes(b"PORT=\xff\xfe")
     monkeypatch.setitem(chat.Settings.model_config, "env_file", tmp_path / ".env")
     assert run_main() == (2, "", "chat: .env must be a text file in UTF-8\n")
@@ -231,7 +229,7 @@ def test_inline_metadata_says_what_requirements_say():
 # 2. Middlewares
 # ==============================================================================
 async def test_anonymous_visitor_is_sent_to_login_and_a_script_gets_our_401(server):
-    """A script follows no redirect, and gateways answer 401 as well: ours has a name."""
+    """A script follows no redirect; and gateways answer 401 too, so we name ours."""
     visitor = await server.visitor()
     for method, path in ("GET", "/"), ("POST", "/signout"):
         response = await visitor.request(method, path, allow_redirects=False)
@@ -275,26 +273,19 @@ async def test_pipelined_requests_let_others_run_between_each_two(settings):
     assert len(set(answered)) == 40  # each in a turn of its own
 
 
-PROXIES = [
-    {"Host": "chat.example:443"},
-    {"Host": "10.0.0.7:8080", "X-Forwarded-Host": "chat.example, proxy.internal"},
-    {"Host": "evil.example", "X-Forwarded-Proto": "http"},
-]
-
-
-@pytest.mark.parametrize("headers", PROXIES)
-async def test_with_origin_set_no_header_of_a_proxy_refuses_the_chats_users(
-    serve, headers
-):
+async def test_with_origin_set_no_header_of_a_proxy_matters(serve):
     """Only the browser's Origin counts, not what a proxy writes or forgets."""
-    server = await serve(chat.Settings(ORIGIN=ORIGIN))
-    visitor, options = await server.visitor(), {"allow_redirects": False}
+    visitor = await (await serve(chat.Settings(ORIGIN=ORIGIN))).visitor()
+    options = {"allow_redirects": False, "headers": {"Origin": ORIGIN}}
     response = await visitor.post("/signin", data=form("ann"), **options)
     cookie = response.headers["Set-Cookie"].partition(";")[0]  # for https only
-    options["headers"] = headers | {"Origin": ORIGIN, "Cookie": cookie}
-    ws = await visitor.ws_connect("/ws", headers=options["headers"])
-    assert (await read(ws, "welcome"))["user"] == "ann"
-    assert (await visitor.post("/login", data=form("ann"), **options)).status == 303
+    for host in "chat.example:443", "10.0.0.7:8080", "evil.example":
+        headers = {"Host": host, "Origin": ORIGIN, "Cookie": cookie}
+        headers |= {"X-Forwarded-Host": "chat.example, proxy", "X-Forwarded-Proto": "x"}
+        ws = await visitor.ws_connect("/ws", headers=headers)
+        assert (await read(ws, "welcome"))["user"] == "ann"
+        options["headers"] = headers
+        assert (await visitor.post("/login", data=form("ann"), **options)).status == 303
 
 
 OTHERS = [(set_to, origin) for set_to, origins in {
@@ -306,7 +297,7 @@ OTHERS = [(set_to, origin) for set_to, origins in {
 
 
 @pytest.mark.parametrize(("set_to", "origin"), OTHERS)
-async def test_other_origin_is_refused_and_the_answer_names_the_right_one(
+async def test_other_origin_is_refused_with_the_right_one(
     serve, caplog, set_to, origin
 ):
     server = await serve(chat.Settings(ORIGIN=set_to))
@@ -318,7 +309,7 @@ async def test_other_origin_is_refused_and_the_answer_names_the_right_one(
     assert (await visitor.get("/ws", headers=headers)).status == 403
     assert (await visitor.get("/login", headers=headers)).status == 200
     (line,) = caplog.messages  # once a minute
-    assert repr(headers["Origin"]) in line and own in line
+    assert own in line
 
 
 REBOUND = [
@@ -328,9 +319,7 @@ REBOUND = [
 
 
 @pytest.mark.parametrize("host", REBOUND)
-async def test_without_origin_a_host_name_that_others_can_point_is_refused(
-    memory, caplog, host
-):
+async def test_without_origin_other_names_are_refused(memory, caplog, host):
     """DNS rebinding: a page of evil.example, whose name points at 127.0.0.1."""
     visitor = await memory.visitor()
     headers = {"Host": host, "Origin": f"http://{host}"}
@@ -346,7 +335,7 @@ async def test_without_origin_a_host_name_that_others_can_point_is_refused(
 @pytest.mark.parametrize(
     "host", ["localhost", "192.168.1.7:8080", "[::1]:8080", "[fe80::1]"]
 )
-async def test_without_origin_localhost_and_addresses_are_served(memory, host):
+async def test_without_origin_localhost_and_ips_are_served(memory, host):
     visitor = await memory.visitor()
     own, foreign = f"http://{host}", "http://localhost:2"
     for origin, status in (own, 303), (foreign, 403), ("null", 403):
@@ -371,15 +360,20 @@ async def test_login_says_why_you_have_to_sign_in_again(memory):
         assert 'class="notice"' not in page
 
 
+async def test_head_is_answered_wherever_get_is(server):
+    ann, visitor = await sign_in(server), await server.visitor()
+    for client, path in (ann, "/"), (ann, "/?before=9"), (visitor, "/signin"):
+        response = await client.head(path)
+        assert (response.status, await response.text()) == (200, "")
+
+
 async def test_request_knows_the_id_and_the_name_of_its_user_and_no_more(server):
     """Above all not the hash of the password, which would stay with a socket."""
     await connect(await sign_in(server, email="ann@example.org"))
     assert sockets_of(server, "ann")[0].user.keys() == {"_id", "name"}
 
 
-async def test_fault_of_ours_is_a_plain_500_with_its_traceback_in_the_log(
-    memory, monkeypatch, caplog
-):
+async def test_fault_of_ours_is_a_500_and_a_traceback(memory, monkeypatch, caplog):
     visitor = await memory.visitor()
     monkeypatch.setattr(chat.Login, "page", lambda *_, **__: {}["a fault of ours"])
     response = await visitor.get("/login")
@@ -387,9 +381,7 @@ async def test_fault_of_ours_is_a_plain_500_with_its_traceback_in_the_log(
     assert "Traceback" in caplog.text and "KeyError: 'a fault of ours'" in caplog.text
 
 
-async def test_database_that_does_not_answer_is_a_503_and_comes_back(
-    own_mongodb, serve, caplog
-):
+async def test_silent_database_is_a_503_and_comes_back(own_mongodb, serve, caplog):
     """More requests than the driver has threads do not wait in turn."""
     ann = await sign_in(await serve(on(own_mongodb.uri)))
     own_mongodb.freeze()
@@ -477,9 +469,7 @@ async def test_message_that_the_stream_did_not_bring_is_told_with_the_next(memor
     assert [(e["id"], e["text"]) for e in told] == [(1, "late"), (2, "next")]
 
 
-async def test_message_stored_while_everything_is_read_again_comes_once(
-    serve, mongodb, monkeypatch
-):
+async def test_message_stored_during_a_read_comes_once(serve, mongodb, monkeypatch):
     server = await serve(on(mongodb))
     ws, room = await connect(await sign_in(server)), server.app[chat.ROOM]
     await say(ws, "before")
@@ -522,9 +512,7 @@ def test_foreign_document_is_no_message_and_one_line_in_the_log(caplog, message)
     assert "foreign" in line and "hello" not in line
 
 
-async def test_foreign_documents_are_passed_over_while_the_room_goes_on(
-    serve, mongodb, caplog
-):
+async def test_foreign_documents_are_passed_over(serve, mongodb, caplog):
     """Also one that takes the next number, and one that another program deletes."""
     server = await serve(on(mongodb))
     sockets, db = await connect_two(server), server.app[chat.ROOM].db
@@ -561,9 +549,7 @@ async def test_message_taken_back_is_blank_for_every_reader(server):
     assert "text 3" not in {event.get("text") for event in await heard_until("n4", ws)}
 
 
-async def test_message_taken_back_during_a_replay_is_blank_at_its_end(
-    server, monkeypatch
-):
+async def test_message_taken_back_during_a_replay_is_blank(server, monkeypatch):
     ann = await sign_in(server)
     await fill(server, 3)
     replay, room = chat.WebSocket.replay, server.app[chat.ROOM]
@@ -579,9 +565,7 @@ async def test_message_taken_back_during_a_replay_is_blank_at_its_end(
     assert texts == [(1, "text 1"), (2, "text 2"), (3, "text 3"), (2, "")]
 
 
-async def test_messages_older_than_what_is_kept_are_shown_and_taken_back(
-    serve, mongodb
-):
+async def test_messages_older_than_the_history_can_be_read(serve, mongodb):
     server = await serve(on(mongodb))
     ann = await sign_in(server)
     await fill(server, chat.HISTORY_SIZE + 10)
@@ -609,9 +593,7 @@ async def test_deleted_account_loses_its_sockets_and_its_session(server):
     assert (await say(await connect(again), "anew"))["id"] == 2
 
 
-async def test_dead_process_counts_for_15_seconds_and_a_stopped_one_signs_off(
-    serve, mongodb
-):
+async def test_dead_process_counts_for_15_seconds(serve, mongodb):
     settings = on(mongodb)
     server, other = await serve(settings), await serve(settings)
     ws, entries = await connect(await sign_in(server)), server.app[chat.ROOM].db.mongo
@@ -637,9 +619,7 @@ async def test_index_that_cannot_be_created_ends_the_start(mongodb):
         await chat.open_database(settings)
 
 
-async def test_index_that_cannot_be_created_again_is_told_and_the_room_goes_on(
-    serve, mongodb, caplog
-):
+async def test_index_that_cannot_come_back_is_told(serve, mongodb, caplog):
     """As after a restore that holds two users of one name."""
     server = await serve(on(mongodb))
     ws, db = await connect(await sign_in(server)), server.app[chat.ROOM].db
@@ -695,9 +675,7 @@ async def test_why_mongodb_cannot_be_used_is_told_in_the_drivers_words(mongodb):
         assert len(sentence) < 250 and "Timeout" not in sentence
 
 
-async def test_standalone_mongodb_is_refused_and_what_the_line_says_mends_it(
-    standalone, start, serve
-):
+async def test_standalone_mongodb_is_told_what_mends_it(standalone, start, serve):
     """Its data stays: it may come from another program, or from a backup."""
     settings = on(standalone.uri)
     process = start(MONGO_HOST=standalone.uri, SECRET_KEY=KEY)
@@ -814,9 +792,7 @@ WRONG_FIELDS = [
 
 
 @pytest.mark.parametrize(("fields", "name", "sentence"), WRONG_FIELDS)
-async def test_sign_up_says_what_is_wrong_beside_the_field(
-    server, fields, name, sentence
-):
+async def test_sign_up_says_what_is_wrong(server, fields, name, sentence):
     await sign_in(server, "ann", email="ann@example.org")
     visitor = await server.visitor()
     response = await visitor.post("/signin", data=form("bob") | fields)
@@ -825,9 +801,7 @@ async def test_sign_up_says_what_is_wrong_beside_the_field(
     assert (await visitor.get("/")).url.path == "/login"
 
 
-async def test_field_over_254_characters_is_a_400_before_it_is_normalized(
-    memory, monkeypatch
-):
+async def test_field_too_long_is_refused_unread(memory, monkeypatch):
     """16 KB of combining marks take 112 ms, in which the room stands still."""
     visitor = await memory.visitor()
     with monkeypatch.context() as patch:
@@ -893,9 +867,7 @@ async def test_password_in_either_normal_form_is_one(server):
         assert response.url.path == "/"
 
 
-async def test_unknown_name_and_wrong_password_look_and_cost_the_same(
-    server, monkeypatch
-):
+async def test_unknown_name_is_like_a_wrong_password(server, monkeypatch):
     await sign_in(server, "ann")
     verify, costs, pages = chat.verify_password, [], []
     monkeypatch.setattr(
@@ -912,9 +884,7 @@ async def test_unknown_name_and_wrong_password_look_and_cost_the_same(
     assert "No account has this name" in field_error(pages[0], "login")
 
 
-async def test_crowd_that_signs_in_is_hashed_in_turn_and_beside_the_room(
-    server, monkeypatch
-):
+async def test_crowd_that_signs_in_is_hashed_in_turn(server, monkeypatch):
     threads, hash_password = set(), chat.hash_password
 
     def note(password):
@@ -966,7 +936,7 @@ async def test_attempts_count_by_what_was_typed_in_any_spelling(serve, spellings
     for login in spellings:
         response = await visitor.post("/login", data=form(login))
         assert response.status == 429
-        assert 1 <= int(response.headers["Retry-After"]) <= 21
+        assert 1 <= int(response.headers["Retry-After"]) <= 60
         assert "Too many attempts" in field_error(await response.text(), "login")
     for other in {"ann@example.org", "bob"} - set(spellings):
         data = form(other) | wrong
@@ -1026,9 +996,7 @@ BAD_COOKIES = {
 
 
 @pytest.mark.parametrize("kind", BAD_COOKIES)
-async def test_bad_cookie_is_no_session_and_one_line_in_the_log_at_most(
-    serve, caplog, kind
-):
+async def test_bad_cookie_is_no_session_and_one_line(serve, caplog, kind):
     server = await serve(chat.Settings(SECRET_KEY=KEY))
     header = f"Cookie: CHAT_8080={BAD_COOKIES[kind]}"
     header = header.encode(errors="surrogateescape")
@@ -1088,9 +1056,7 @@ BAD_FORMS = {
 
 
 @pytest.mark.parametrize("kind", BAD_FORMS)
-async def test_form_that_cannot_be_read_is_refused_without_a_traceback(
-    memory, caplog, kind
-):
+async def test_form_that_cannot_be_read_is_refused(memory, caplog, kind):
     content_type, body = BAD_FORMS[kind]
     headers = b"Content-Type: " + content_type, b"Content-Length: %d" % len(body)
     for path in b"/login", b"/signin":
@@ -1103,9 +1069,7 @@ async def test_form_that_cannot_be_read_is_refused_without_a_traceback(
     assert "Traceback" not in caplog.text
 
 
-async def test_form_that_trickles_is_answered_and_its_connection_ends(
-    memory, monkeypatch, caplog
-):
+async def test_form_that_trickles_is_ended(memory, monkeypatch, caplog):
     monkeypatch.setattr(chat, "DEADLINE", 0.2)
     reader, writer = await asyncio.open_connection("127.0.0.1", memory.port)
     lines = ["POST /login HTTP/1.1", "Host: localhost", "Content-Length: 999"]
@@ -1223,9 +1187,7 @@ async def test_returning_reader_gets_missed_messages_in_order_and_then_welcome(s
         assert (await connect(ann, after)).replayed == []
 
 
-async def test_message_broadcast_during_a_replay_is_replayed_as_well(
-    server, monkeypatch
-):
+async def test_message_sent_during_a_replay_is_replayed(server, monkeypatch):
     """Sending waits for a slow reader; the room goes on meanwhile."""
     ann, room = await sign_in(server), server.app[chat.ROOM]
     await fill(server, 1)
@@ -1243,7 +1205,7 @@ async def test_message_broadcast_during_a_replay_is_replayed_as_well(
     assert ws.welcome["last"] == 4
 
 
-async def test_message_broadcast_at_the_end_of_a_replay_comes_once(server, monkeypatch):
+async def test_message_sent_at_the_end_of_a_replay_comes_once(server, monkeypatch):
     """It is in the history by then, and waits for the next flush."""
     ann, from_bob = await sign_in(server), await connect(await sign_in(server, "bob"))
     await say(from_bob, "first")
@@ -1276,9 +1238,7 @@ BAD_EVENTS = [
 ]  # fmt: skip
 
 
-async def test_bad_event_gets_an_error_without_a_nonce_and_the_socket_stays(
-    serve, caplog
-):
+async def test_bad_event_gets_an_error_and_the_socket_stays(serve, caplog):
     """A nonce that a page cannot give back would have it reload for ever."""
     server = await serve(chat.Settings(MESSAGE_BURST=1000))
     ws = await connect(await sign_in(server))
@@ -1332,9 +1292,7 @@ async def test_every_frame_counts_toward_its_users_limit_on_whichever_socket(ser
     assert time.monotonic() - started >= 0.6
 
 
-async def test_sender_beyond_the_limit_is_not_read_delays_nobody_and_loses_nothing(
-    serve,
-):
+async def test_sender_beyond_the_limit_is_read_slowly_and_delays_nobody(serve):
     server = await serve(chat.Settings(MESSAGE_BURST=1, MESSAGES_PER_SECOND=500))
     from_ann = await connect(await sign_in(server, "ann"))
     from_bob = await connect(await sign_in(server, "bob"))
@@ -1376,7 +1334,6 @@ async def test_heartbeat_tells_every_reader_the_newest_number(serve, monkeypatch
     ws = await connect(await sign_in(await serve(chat.Settings())))
     assert await read(ws, "heartbeat") == {"type": "heartbeat", "last": 0}
     await say(ws, "hello")
-    await until(lambda: read(ws, "heartbeat"))
     while (heartbeat := await read(ws, "heartbeat"))["last"] == 0:
         pass
     assert heartbeat["last"] == 1
@@ -1474,9 +1431,7 @@ async def test_reader_that_stops_or_goes_during_its_replay_delays_nobody(serve, 
     assert caplog.text == ""
 
 
-async def test_client_that_floods_and_is_gone_leaves_at_once_and_is_no_error(
-    memory, caplog
-):
+async def test_client_that_floods_and_hangs_up_is_gone(memory, caplog):
     with await stall(memory, (await sign_in(memory)).session) as client:
         await until(lambda: sockets_of(memory, "ann"))
         client.send(500 * b"\x81\x81\0\0\0\0x")  # each gets an answer
@@ -1541,6 +1496,7 @@ async def test_aiohttps_writes_and_ours_keep_their_order_on_one_socket(serve):
     sock = await stall(server, ann.session, "/ws?after=0")
     reader, writer = await asyncio.open_connection(sock=sock)
     assert b"101" in await reader.readuntil(b"\r\n\r\n")
+    reading = asyncio.create_task(reader.read())
     for number in range(0, 60, 2):
         writer.write(masked(1, event(nonce=f"{number}").encode()))
         writer.write(masked(9, b"%d" % (number + 1)))
@@ -1553,7 +1509,8 @@ async def test_aiohttps_writes_and_ours_keep_their_order_on_one_socket(serve):
     closing = asyncio.create_task(mine.ws.close(code=1001, drain=False))
     await asyncio.sleep(0)  # the close frame is out, and the socket still in the room
     chat.broadcast(room, {"type": "too late"})
-    frames, rest = parse_frames(await asyncio.wait_for(reader.read(), 10))
+    chat.flush(room)
+    frames, rest = parse_frames(await asyncio.wait_for(reading, 10))
     writer.close()
     await closing
     events = [json.loads(payload) for opcode, payload in frames if opcode == 1]
@@ -1592,6 +1549,8 @@ async def test_every_page_carries_the_security_headers_and_a_websocket_none(serv
         assert "unsafe" not in headers["Content-Security-Policy"]
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["Referrer-Policy"] == "same-origin"
+        kept = "no-cache" if "static" in path else "no-store"
+        assert headers["Cache-Control"] == kept
     page = await (await visitor.get("/login")).text()
     assert '<meta name="referrer" content="same-origin">' in page
     headers = (await connect(await sign_in(server)))._response.headers
@@ -1606,9 +1565,7 @@ FRAMES = [
 
 
 @pytest.mark.parametrize(("host", "set_to", "framed_by"), FRAMES)
-async def test_page_may_be_framed_by_this_host_unless_origin_is_set(
-    serve, host, set_to, framed_by
-):
+async def test_page_may_be_framed_by_this_host(serve, host, set_to, framed_by):
     """A notebook on another port shows the chat in a frame."""
     visitor = await (await serve(chat.Settings(ORIGIN=set_to))).visitor()
     response = await visitor.get("/login", headers={"Host": host})
@@ -1724,9 +1681,7 @@ LOGGERS = ["chat", "aiohttp.server", "aiohttp_session", "asyncio", "pymongo.clie
 
 
 @pytest.mark.parametrize("name", LOGGERS)
-def test_repeated_line_is_logged_once_a_minute_whatever_a_client_puts_into_it(
-    monkeypatch, caplog, name
-):
+def test_repeated_line_is_logged_once_a_minute(monkeypatch, caplog, name):
     now = 1_000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     chat.init_app(chat.Settings())
