@@ -693,7 +693,6 @@ async def test_signing_out_ends_the_session_and_signing_in_begins_another(server
 async def test_signing_out_ends_this_sessions_sockets_and_no_other_devices(serve):
     server = await serve(chat.Settings(SECRET_KEY=KEY))
     ann, phone = await sign_in(server, "ann"), await server.visitor()
-    from_bob = await connect(await sign_in(server, "bob"))
     tabs = [await connect(ann) for _ in range(2)]
     user_id = str(sockets_of(server, "ann")[0].user["_id"])
     content = session(user_id, created=int(time.time()) - 60)  # signed in before
