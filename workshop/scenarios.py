@@ -13,20 +13,8 @@ from unittest.mock import patch
 
 from aiohttp import web
 
+from workshop.judge import Lacking, need
 from workshop.people import quiet, until
-
-
-class Lacking(Exception):
-    """Say what an attempt still lacks."""
-
-
-class Unable(Exception):
-    """Say what a check needs that this machine does not have."""
-
-
-def need(condition, sentence: str) -> None:
-    if not condition:
-        raise Lacking(sentence)
 
 
 def need_order(person, count: int) -> None:
@@ -252,4 +240,3 @@ LOSING_NOTHING = [
     choose_the_same_nonce,
     come_and_go,
 ]
-WAITING_FOR_NOBODY = [stop_reading]

@@ -10,6 +10,7 @@ import secrets
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import aiohttp
@@ -20,12 +21,12 @@ from IPython.display import HTML, display
 from pymongo import AsyncMongoClient
 
 import chat
-from workshop.copies import NotAttempted
 from workshop.mongodb import NO_MONGODB, replica_set
 from workshop.people import PASSWORD, Person
 
 # Where cells serve: "0.0.0.0" is for a notebook that is opened by another machine.
 HOST = os.environ.get("WORKSHOP_HOST", "127.0.0.1")
+FRAMES = Path(__file__).with_name("frames.html").read_text("utf-8")
 FIELDS = chat.Settings.model_fields
 DEFAULTS = {name: field.default for name, field in FIELDS.items()}
 # Cookies are per host, not per port: don't warn about another chat's cookie.
@@ -39,8 +40,8 @@ REPEATABLE = {"SECRET_KEY": secrets.token_hex(), "LOGIN_ATTEMPTS": 1_000_000}
 class Server:
     """A chat that runs inside the notebook, on the same event loop."""
 
-    def __init__(self, module, app, host: str) -> None:
-        self.module, self.app, self.host, self.port = module, app, host, 0
+    def __init__(self, app, host: str) -> None:
+        self.app, self.host, self.port = app, host, 0
         self.people, self.log, self.tasks = [], [], []
         self.shared = False  # by cells, which may be run again
 
@@ -50,11 +51,11 @@ class Server:
 
     @property
     def room(self):
-        return self.app[self.module.ROOM]
+        return self.app[chat.ROOM]
 
     @property
     def db(self):
-        return self.app[self.module.DATABASE]
+        return self.app[chat.DATABASE]
 
     async def visitor(self, name: str = "") -> Person:
         """Return a person with a browser of their own, who has not signed in."""
@@ -72,6 +73,30 @@ class Server:
         person = await self.visitor(name)
         await person.sign_in()
         return await person.connect(path)
+
+    async def edit(self, name: str, key, update: dict | None) -> None:
+        """Update a document, or delete it (None), as an operator does."""
+        if not self.db.shared:  # in memory, the chat has to be told
+            return await self.db.edit(name, key, update)
+        collection = self.db.mongo[name]
+        if update is None:
+            return await collection.delete_one({"_id": key})
+        return await collection.update_one({"_id": key}, update)
+
+    @contextlib.contextmanager
+    def failing(self, error: Exception):
+        """Let every insert of a message fail."""
+
+        async def fail(message):
+            raise error
+
+        with patch.object(self.db, "insert", fail):
+            yield
+
+    @staticmethod
+    def sentences(html: str) -> list[str]:
+        """Return what a page says beside its fields."""
+        return re.findall(r'class="error"[^>]*>([^<]*)', html)
 
     def run(self, work) -> None:
         """Run a coroutine beside the chat, until it ends or the chat does."""
@@ -120,43 +145,33 @@ class Lines(logging.Handler):
 
 
 @contextlib.asynccontextmanager
-async def serving(module=chat, host=HOST, port=0, change=None, log=False, **replaced):
-    """Serve the chat, or a copy of it, for as long as a `with` block lasts.
+async def serving(host=HOST, port=0, change=None, log=False, **replaced):
+    """Serve the chat for as long as a `with` block lasts.
 
     `replaced` are settings, and names of chat.py that get another value while the
-    application starts. `change` is called with the application before that. What is
-    logged is kept in `server.log`, a line each; with `log` it is printed too. An
-    exercise without an attempt is replaced by the original.
+    application starts: `Room=MyRoom`. `change` is called with the application before
+    that. What is logged is kept in `server.log`, a line each; with `log` it is printed.
     """
-    if isinstance(module, NotAttempted):
-        print(module.wrong or "○ Not attempted yet: this is the original.")
-        module = chat
-    replaced = {n: v for n, v in replaced.items() if not isinstance(v, NotAttempted)}
-    Settings = replaced.pop("Settings", module.Settings)
+    Settings = replaced.pop("Settings", chat.Settings)
     names = Settings.model_fields.keys() & replaced.keys()
     settings = {name: replaced.pop(name) for name in names}
     listener = socket.create_server((host, port))
     port = listener.getsockname()[1]  # the cookie is named by it
     settings = DEFAULTS | REPEATABLE | {"PORT": port} | settings
-    try:  # whatever the environment says
-        settings = Settings(_env_file=None, **settings)
-    except ValueError:
-        listener.close()
-        raise
-    routes = [
-        (path, replaced.get(view.__name__, view), name)
-        for path, view, name in module.ROUTES
-    ]
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
-        for name in Lines.names:  # the filters of other copies say a line once a minute
-            logging.getLogger(name).filters.clear()
-        module.log_lines.cache_clear()
-        with patch.multiple(module, **{"ROUTES": routes} | replaced):
-            app = module.init_app(settings)
+        settings = Settings(_env_file=None, **settings)  # whatever the environment says
+        routes = [
+            (path, replaced.get(view.__name__, view), name)
+            for path, view, name in chat.ROUTES
+        ]
+        with patch.multiple(chat, **{"ROUTES": routes} | replaced):
+            app = chat.init_app(settings)
+            for name in Lines.names:  # a filter would say a line once a minute
+                logging.getLogger(name).filters.clear()
             if change:
                 change(app)
-            server = Server(module, app, host)
+            server = Server(app, host)
             stack.callback(Lines(server.log, log).close)
             runner = web.AppRunner(app, shutdown_timeout=1, access_log=None)
             stack.push_async_callback(runner.cleanup)
@@ -168,8 +183,26 @@ async def serving(module=chat, host=HOST, port=0, change=None, log=False, **repl
         yield server
 
 
+def in_memory() -> dict:
+    """Return what gives several servers, one after the other, one database in memory."""
+    client = chat.AsyncMongoMockClient(tz_aware=True)
+    made = []
+
+    async def create_once(collection, *fields: str) -> None:
+        # The second time, mongomock treats missing emails as equal.
+        if fields not in made:
+            await chat_creates(collection, *fields)
+            made.append(fields)
+
+    chat_creates = chat.create_unique_index
+    return {
+        "AsyncMongoMockClient": lambda **options: client,
+        "create_unique_index": create_once,
+    }
+
+
 live = None  # the server that cells share
-memory = chat.AsyncMongoMockClient(tz_aware=True)  # its database, which outlives it
+memory = in_memory()  # its database, which outlives it
 
 
 async def serve(*arguments, **changes) -> Server:
@@ -180,8 +213,7 @@ async def serve(*arguments, **changes) -> Server:
     people come over to the new server.
     """
     global live
-    shared = {"port": live.port if live else 0, "log": True}
-    shared["AsyncMongoMockClient"] = lambda **options: memory
+    shared = {"port": live.port if live else 0, "log": True} | memory
     people = live.people if live else []
     if live:
         live.people = []  # they stay connected for as long as the old server runs
@@ -212,7 +244,7 @@ async def stop() -> None:
         await server.stop()
 
 
-def look(server, *paths: str, height: int = 480) -> None:
+def look(server, *paths: str, height: int = 300) -> None:
     """Show pages of the chat in the notebook, side by side, and a link to the first.
 
     The frame takes the notebook's own host name: for a browser, 127.0.0.1 and localhost
@@ -235,33 +267,22 @@ def look(server, *paths: str, height: int = 480) -> None:
 
 def frames(server, paths, height: int) -> str:
     """Return frames side by side, on the host name that the notebook is opened by."""
-    name = f"chat-{secrets.token_hex(4)}"
-    inner = "".join(
-        f'<iframe data-path="{path}" title="The chat" height="{height}" '
-        'style="flex:1;min-width:0;border:1px solid #8888"></iframe>'
-        for path in paths
-    )
-    far = "false" if server.host == "0.0.0.0" else "true"
-    return f"""<div id="{name}" style="display:flex;gap:8px">{inner}</div><script>{{
-const place = document.getElementById("{name}");
-const host = location.protocol == "http:" ? location.hostname : "localhost";
-const here = /^(localhost|127[.][0-9.]+|.*[.]localhost)$/.test(host);
-if (location.protocol == "https:")
-  place.textContent = "No frame: your browser can't reach the machine that runs this.";
-else if (here || !{far} && /^[0-9.]+$/.test(host))
-  for (const frame of place.children)
-    frame.src = `http://${{host}}:{server.port}${{frame.dataset.path}}`;
-else
-  place.textContent = `You opened this notebook at ${{host}}. For frames there, ` +
-    ({far} ? "start Jupyter with WORKSHOP_HOST=0.0.0.0 set."
-      : "open it by its IP address.");
-}}</script>"""
+    frame = '<iframe data-path="{}" title="The chat" height="{}"></iframe>'
+    parts = {
+        "FRAMES": "".join(frame.format(path, height) for path in paths),
+        "NAME": f"chat-{secrets.token_hex(4)}",
+        "PORT": str(server.port),
+        "OPEN": "true" if server.host == "0.0.0.0" else "false",
+    }
+    return re.sub("|".join(parts), lambda match: parts[match[0]], FRAMES)
 
 
 def own_address() -> str:
     """Return this machine's address, also on a network without a way out of it."""
-    if address := chat.own_address():
-        return address
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with contextlib.suppress(OSError):
+            probe.connect(("192.0.2.1", 9))  # sends nothing: the system picks a route
+            return probe.getsockname()[0]
     found = [a.address for card in psutil.net_if_addrs().values() for a in card]
     return next((a for a in found if re.fullmatch(r"(?!127)[\d.]+", a)), "127.0.0.1")
 
@@ -336,7 +357,11 @@ async def two_processes():
             yield None, None
             return
         name = f"tutorial-{ObjectId()}"
-        settings = {"MONGO_HOST": uri, "MONGO_DB_NAME": name, "SECRET_KEY": "shared"}
+        settings = {
+            "MONGO_HOST": uri,
+            "MONGO_DB_NAME": name,
+            "SECRET_KEY": secrets.token_hex(),
+        }
         client = await stack.enter_async_context(AsyncMongoClient(uri))
         stack.push_async_callback(client.drop_database, name)
         processes = [Process(**settings), Process(**settings)]

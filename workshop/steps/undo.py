@@ -3,12 +3,14 @@
 import chat
 
 
-class UndoRoom(chat.Room):
-    async def post(self, user, text, nonce):
-        if text != "/undo":
-            return await super().post(user, text, nonce)
-        events = list(self.history.events.values())
-        own = [e["id"] for e in events if e["user"] == user["name"] and e["text"]]
-        if own:
-            await chat.Message(self.db).blank(own[-1])
-        return self.history.last_broadcast
+class UndoWebSocket(chat.WebSocket):
+    async def answer(self, data):
+        match chat.parse(data):
+            case {"type": "message", "text": "/undo", "nonce": str(nonce)}:
+                history, name = self.room.history, self.user["name"]
+                events = history.events.values()
+                own = [e["id"] for e in events if e["user"] == name and e["text"]]
+                if own:
+                    await self.room.db.edit("messages", own[-1], {"$set": {"text": ""}})
+                return {"type": "receipt", "nonce": nonce, "id": history.last}
+        return await super().answer(data)
