@@ -34,13 +34,13 @@ These words have one meaning throughout:
 #   "aiohttp>=3.14,<4",
 #   "aiohttp-jinja2>=1.6",
 #   "aiohttp-session>=2.12",
+#   "aiolimiter>=1.2",
 #   "cryptography>=47",
 #   "jinja2>=3.1",
 #   "mongomock-motor>=0.0.36",
 #   "motor>=3.7",
 #   "precis-i18n>=1.1",
 #   "pydantic-settings>=2.7",
-#   "typing-extensions>=4.12",  # mongomock-motor imports it without declaring it
 # ]
 # ///
 

@@ -33,9 +33,9 @@ from bson import DatetimeMS, Decimal128, Int64, ObjectId
 from cryptography.fernet import Fernet
 
 import chat
-from conftest import (
-    HERE,
+from tests.parts import (
     PASSWORD,
+    ROOT,
     Server,
     can_connect,
     closed,
@@ -43,7 +43,6 @@ from conftest import (
     form,
     need,
     on,
-    optional,
     read,
     say,
     send,
@@ -74,7 +73,7 @@ def test_env_file_may_hold_unknown_settings_and_a_byte_order_mark(tmp_path):
 
 
 def test_example_has_every_setting_with_its_default_in_order():
-    lines = (HERE / ".env.example").read_text().splitlines()
+    lines = (ROOT / ".env.example").read_text().splitlines()
     assignments = [line for line in lines if line and not line.startswith("#")]
     expected = []
     for name, default in chat.Settings().model_dump().items():
@@ -167,12 +166,12 @@ async def test_secret_key_may_be_any_text_that_an_environment_can_hold(serve):
 
 
 def test_inline_metadata_says_what_requirements_say():
-    source = (HERE / "chat.py").read_text()
+    source = (ROOT / "chat.py").read_text()
     block = re.search(r"(?m)^# /// script$\s(?P<content>(^#.*$\s)+)^# ///$", source)
     metadata = "".join(line[2:] for line in block["content"].splitlines(True))
     inline = re.findall(r'^ *"(.+)",', metadata, re.MULTILINE)
-    chat_part = (HERE / "requirements.txt").read_text().split("\n\n")[0]
-    required = [line for line in chat_part.splitlines() if not line.startswith("#")]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = [line for line in lines if not line.startswith("#")]
     assert sorted(inline) == sorted(required)
     assert 'requires-python = ">=3.11"' in metadata
 
@@ -1735,8 +1734,9 @@ async def test_generated_frames_never_break_the_connection(serve, caplog):
 
 
 def strategies():
-    hypothesis = optional("hypothesis")
-    return need(hypothesis, "pip install -r .ci/requirements.txt").strategies
+    import hypothesis  # here, so that one test alone starts at once
+
+    return hypothesis.strategies
 
 
 def examples(strategy, count):
@@ -2347,7 +2347,7 @@ async def test_odd_header_never_breaks_the_server(serve, caplog, header):
 # ==============================================================================
 def test_importing_the_module_starts_nothing():
     code = "import threading, chat; assert threading.active_count() == 1"
-    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -2422,7 +2422,7 @@ def test_chat_raises_its_limit_of_open_files(tmp_path):
     )
     code += "chat.raise_descriptor_limit(); print(r.getrlimit(r.RLIMIT_NOFILE))"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout == "(2000, 2000)\n"
 
 

@@ -21,10 +21,10 @@ from threading import Thread
 
 from workshop.mongodb import find_mongod, free_port, is_free
 
-REQUIREMENTS = Path(__file__).parent.with_name("requirements.txt")
+REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 MARKS = {"yes": "\33[32m✓\33[0m", "no": "\33[31m✗\33[0m", "maybe": "\33[33m○\33[0m"}
 PYTHON = f'"{sys.executable}"' if " " in sys.executable else sys.executable
-INSTALL = f"{PYTHON} -m pip install -r requirements.txt"
+INSTALL = f"{PYTHON} -m pip install -r workshop/requirements.txt"
 BROWSER_SECONDS = 15
 
 
@@ -52,12 +52,21 @@ def look_at_python(report: Report) -> None:
     report.say("yes", "System", system, system)
 
 
+def read_requirements(path: Path) -> list[str]:
+    """Return the lines of a requirements file and of those that it begins with."""
+    found = []
+    for line in path.read_text("utf-8").splitlines():
+        requirement = line.partition("#")[0].strip()
+        if requirement.startswith("-r "):
+            found += read_requirements(path.parent / requirement[3:])
+        elif requirement:
+            found.append(requirement)
+    return found
+
+
 def look_at_packages(report: Report) -> bool:
     missing, seen = [], {}
-    for line in REQUIREMENTS.read_text("utf-8").splitlines():
-        requirement = line.partition("#")[0].strip()
-        if not requirement:
-            continue
+    for requirement in read_requirements(REQUIREMENTS):
         name, least = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?.*", requirement).groups()
         try:
             seen[name] = importlib.metadata.version(name)
@@ -69,7 +78,7 @@ def look_at_packages(report: Report) -> bool:
     if missing:
         found = f"missing: {', '.join(missing)}\n{'':16}{INSTALL}"
         return report.say("no", "Packages", found, f"missing {' '.join(missing)}")
-    found = f"all {len(seen)} of requirements.txt; aiohttp {seen['aiohttp']}"
+    found = f"all {len(seen)} of workshop/requirements.txt; aiohttp {seen['aiohttp']}"
     return report.say("yes", "Packages", found, f"aiohttp {seen['aiohttp']}")
 
 

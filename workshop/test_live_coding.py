@@ -13,9 +13,9 @@ import pytest
 from aiohttp.test_utils import unused_port
 from bson import ObjectId
 
-from conftest import (
-    HERE,
+from tests.parts import (
     PASSWORD,
+    ROOT,
     can_connect,
     clean_environment,
     need,
@@ -37,8 +37,8 @@ async def projector(request, tmp_path):
 
         async def start(in_memory):
             for name in "chat.py", "templates", "static":
-                copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
-                copy(HERE / name, tmp_path / name)
+                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+                copy(ROOT / name, tmp_path / name)
             port = unused_port()
             # Coverage is about the chat itself, not about copies of it.
             environment = {
@@ -93,7 +93,7 @@ async def fill_in(page, url, name="ann"):
 
 def time_to_import():
     start = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import chat"], cwd=HERE, check=True)
+    subprocess.run([sys.executable, "-c", "import chat"], cwd=ROOT, check=True)
     return time.monotonic() - start
 
 

@@ -21,26 +21,24 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import unused_port
 
-from conftest import (
-    HERE,
-    NO_MONGOD,
+from tests.parts import (
     PASSWORD,
+    ROOT,
     can_connect,
-    need,
+    need_mongod,
     optional,
     program,
     until,
 )
 from workshop import pictures, scenarios, slides
 from workshop import room as rooms
-from workshop.mongodb import find_mongod
 from workshop.room import close_room, open_room
 from workshop.servers import frames, own_address, serving
 from workshop.tiny import little, step
 
 
 def read_notebook():
-    return nbformat.read(HERE / "tutorial.ipynb", as_version=4)
+    return nbformat.read(ROOT / "tutorial.ipynb", as_version=4)
 
 
 CELLS = read_notebook().cells
@@ -118,7 +116,7 @@ class Attendee:
 @pytest.fixture
 async def attendee(capsys, monkeypatch):
     attendee = Attendee(capsys)
-    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.syspath_prepend(ROOT)
     await attendee.run(next(c for c in CELLS if c.cell_type == "code").source)
     yield attendee
     for close in "stop", "stop_playing", "close_room":
@@ -168,7 +166,7 @@ async def test_step_before_its_repair_breaks_a_promise(name, scenario, said):
 
 
 def test_the_server_of_step_5_has_24_lines():
-    source = Path(HERE, "workshop", "steps", "receipts.py").read_text()
+    source = Path(ROOT, "workshop", "steps", "receipts.py").read_text()
     body = source[source.index("messages, numbers") :]
     assert sum(bool(line.strip()) for line in body.splitlines()) == 24
     assert body.strip() == solution("once").strip()
@@ -268,7 +266,7 @@ async def run_notebook(first, change):
         notebook,
         timeout=60,
         kernel_name="python3",
-        resources={"metadata": {"path": HERE}},
+        resources={"metadata": {"path": ROOT}},
     )
     await client.async_execute()
     return notebook
@@ -300,7 +298,7 @@ async def test_notebook_runs_and_leaves_nothing_running(kind, monkeypatch):
     """
     first, change = RUNS_OF_ALL[kind]
     if not first:
-        need(find_mongod(), NO_MONGOD)
+        need_mongod()
     monkeypatch.delenv("MONGO_HOST", raising=False)
     notebook = await run_notebook(first, change)
     before, after = shown_value(notebook.cells[0]), shown_value(notebook.cells[-2])
@@ -653,8 +651,8 @@ async def test_another_right_attempt_passes(attendee, name, old, new):
 async def jupyter(request, browser, tmp_path):
     """A page of JupyterLab or Notebook 7 that has the notebook open."""
     for name in "chat.py", "tutorial.ipynb", "templates", "static", "workshop":
-        copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
-        copy(HERE / name, tmp_path / name)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
     # Coverage is about the chat.py here, not about copies of it.
     unmeasured = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
     port = unused_port()
@@ -777,7 +775,7 @@ async def test_frame_says_why_it_cannot_be_shown(browser):
 # --- Pictures ---
 def test_picture_in_the_readme_is_the_one_of_the_notebook():
     """See `python -m workshop.pictures`. GitHub shows it on a card of its own."""
-    stored = Path(HERE, "docs", "one-message.svg").read_text("utf-8").strip()
+    stored = Path(ROOT, "docs", "one-message.svg").read_text("utf-8").strip()
     assert stored == pictures.one_message().draw(pictures.CARD)
     assert "prefers-color-scheme: dark" in stored
 
@@ -805,7 +803,7 @@ def set_up_check(tmp_path, *command, **environment):
     with said.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, *command],
-            cwd=HERE,
+            cwd=ROOT,
             env=os.environ | environment,
             stdout=output,
             stderr=subprocess.DEVNULL,
@@ -828,7 +826,7 @@ def test_set_up_check_fits_on_a_screen_and_ends_with_a_line_to_send(tmp_path):
 @pytest.mark.parametrize("name", ["__init__", "__main__", "mongodb"])
 def test_set_up_check_runs_on_a_python_that_it_calls_too_old(name):
     """Such as macOS's own 3.9: its grammar, and annotations that are not evaluated."""
-    source = Path(HERE, "workshop", f"{name}.py").read_text("utf-8")
+    source = Path(ROOT, "workshop", f"{name}.py").read_text("utf-8")
     tree = ast.parse(source, feature_version=(3, 9))
     unions = [node for node in ast.walk(tree) if isinstance(node, ast.BinOp)]
     unions = [node for node in unions if isinstance(node.op, ast.BitOr)]

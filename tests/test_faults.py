@@ -1,6 +1,6 @@
 """Tests with several real processes: one room, and nothing is lost when something dies.
 
-    python -m pytest test_faults.py
+    python -m pytest tests/test_faults.py
 
 They stop, kill and freeze processes of the chat and members of a replica set, and they
 do what operators do to a database, while people write. Most of the time they wait, so
@@ -34,9 +34,8 @@ from pymongo.errors import BulkWriteError
 from yarl import URL
 
 import chat
-from conftest import (
-    HERE,
-    NO_MONGOD,
+from tests.parts import (
+    ROOT,
     ReplicaSet,
     can_connect,
     clean_environment,
@@ -44,6 +43,7 @@ from conftest import (
     form,
     freeze,
     need,
+    need_mongod,
     program,
     read,
     running,
@@ -51,7 +51,6 @@ from conftest import (
     until,
     wait_for,
 )
-from workshop.mongodb import find_mongod
 
 
 # ==============================================================================
@@ -60,7 +59,7 @@ from workshop.mongodb import find_mongod
 @pytest.fixture(scope="session")
 def replica_set(tmp_path_factory):
     """Three real servers, one of which may die."""
-    need(find_mongod(), NO_MONGOD)
+    need_mongod()
     replica_set = ReplicaSet(tmp_path_factory.mktemp("replica-set"), size=3)
     yield replica_set
     replica_set.kill()
@@ -844,7 +843,7 @@ class Proxy:
 
     def configure(self, more):
         """Write the configuration: docs/nginx.conf with names of this machine."""
-        text = (HERE / "docs/nginx.conf").read_text()
+        text = (ROOT / "docs/nginx.conf").read_text()
         for old, new in {
             "127.0.0.1:8081": f"127.0.0.1:{self.ports[0]}",
             "127.0.0.1:8082": f"127.0.0.1:{self.ports[1]}",
@@ -988,7 +987,7 @@ async def test_chat_in_a_container_is_heard_at_once_and_stops_at_sigterm():
     environment = clean_environment() | {"HOST": "0.0.0.0", "PORT": "0"}
     environment.pop("PYTHONUNBUFFERED", None)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with running(*command, HERE / "chat.py", env=environment, **pipes) as container:
+    with running(*command, ROOT / "chat.py", env=environment, **pipes) as container:
         try:
             said = ""
             while "From other machines: http://" not in said:

@@ -19,7 +19,7 @@ from aiohttp.test_utils import TestServer, unused_port
 from bson import ObjectId
 
 import chat
-from conftest import (
+from tests.parts import (
     BROWSERS,
     PASSWORD,
     Chromium,
