@@ -31,13 +31,9 @@ def file_of(attempt) -> str:
     return function.__code__.co_filename if function else ""
 
 
-def source_of(file: str) -> str:
-    return "".join(linecache.getlines(file))
-
-
 def tree_of(file: str) -> ast.Module:
     """Parse what a cell defines. Leave out what it shows, calls or awaits."""
-    tree = ast.parse(source_of(file))
+    tree = ast.parse("".join(linecache.getlines(file)))
     tree.body = [
         node for node in tree.body if isinstance(node, KEPT) and not waits(node)
     ]
@@ -76,8 +72,3 @@ def ours(name: str, *wanted: str):
     """Return our own solution of an exercise, from `workshop/steps/`."""
     found = define({"__name__": f"workshop.steps.{name}"}, our_file(name))
     return found[wanted[0]] if len(wanted) == 1 else tuple(found[n] for n in wanted)
-
-
-def our(name: str):
-    """Return our `talk` of an exercise of part A."""
-    return ours(name, "talk")

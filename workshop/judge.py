@@ -1,17 +1,21 @@
-"""How a check is run: what it says of an attempt, and what the notebook goes on with."""
+"""How a check is run: what it says, and what the notebook goes on with."""
 
 import asyncio
 import contextlib
 import functools
 import gc
 import re
-import threading
-import time
 import warnings
-from unittest.mock import patch
 
-from workshop.cells import define, file_of, function_of, is_as_given, is_ours
-from workshop.cells import our_file, ours
+from workshop.cells import (
+    define,
+    file_of,
+    function_of,
+    is_as_given,
+    is_ours,
+    our_file,
+    ours,
+)
 from workshop.people import patience
 
 NOT_ATTEMPTED = "○ Not attempted yet: the cell is as it was. Below, our solution runs."
@@ -24,21 +28,22 @@ class Lacking(Exception):
     """Say what an attempt still lacks."""
 
 
-class Unable(Exception):
-    """Say what a check needs that this machine does not have."""
-
-
 def need(condition, sentence: str) -> None:
     if not condition:
         raise Lacking(sentence)
 
 
-def exercise(*wanted: str):
-    """Make a check of an exercise, which defines what is `wanted`.
+def expect(what: str, came, wanted) -> None:
+    """Require a value; the sentence says what came, and what was expected."""
+    need(came == wanted, f"{what} {came!r}, not {wanted!r}.")
 
-    The check gets the attempt, run again from its own cell: what another cell has
-    defined since does not count. It returns what the notebook goes on with: the
-    attempt; or our solution, if the cell is as it was. So a wrong attempt is never
+
+def exercise(*wanted: str):
+    """Make a check of an exercise: its cell defines the first name that is `wanted`.
+
+    The check gets what has the last of these names, after the cell was run again: what
+    another cell has defined since does not count. It returns what the notebook goes on
+    with: that; or our solution, if the cell is as it was. So a wrong attempt is never
     followed by what a right one would show.
     """
 
@@ -57,11 +62,8 @@ def exercise(*wanted: str):
                 again = from_its_cell(attempt, name, wanted[-1])
                 said = await verdict(check, again)
                 before = judged.setdefault(file_of(attempt), name)
-                if said[0] == "✓":
-                    print(said)
-                    return again
-                if before == name:
-                    print(f"{said}\n{YOURS}")
+                if said[0] == "✓" or before == name:
+                    print(said if said[0] == "✓" else f"{said}\n{YOURS}")
                     return again
                 said = NOTHING_NEW  # the cell was judged in another exercise
             print(said)
@@ -82,68 +84,72 @@ def from_its_cell(attempt, name: str, wanted: str):
 
 async def verdict(check, attempt, seconds: float = 30) -> str:
     """Run a check. Return what it says: nothing lacks where it begins with ✓."""
-    said = "✓ Done."
     try:
-        with no_sleep_of_a_thread() as slept:
-            async with patience(seconds):
-                await check(attempt)
-    except Unable as error:
-        return f"○ {error}"
+        async with patience(seconds):
+            await check(attempt)
     except (Lacking, ConnectionError) as error:
-        said = f"✗ Not yet. {error}"
+        return f"✗ Not yet. {error}"
     except TimeoutError as error:
-        said = f"✗ Not yet. {str(error) or f'It takes more than {seconds} s.'}"
+        return f"✗ Not yet. {str(error) or f'It takes more than {seconds} s.'}"
     except asyncio.CancelledError:
         if asyncio.current_task().cancelling():  # the cell itself is cancelled
             raise
-        said = "✗ Not yet. It raised CancelledError, as awaiting a cancelled task does."
+        return "✗ Not yet. It raised CancelledError, as awaiting a cancelled task does."
     except Exception as error:  # an attempt may raise anything
-        said = f"✗ Not yet. It raised {type(error).__name__}: {error}"
-    if slept:
-        blocks = "`time.sleep` blocks the event loop, and everyone waits."
-        return f"✗ Not yet. {blocks} Await `asyncio.sleep`."
-    return said
-
-
-@contextlib.contextmanager
-def no_sleep_of_a_thread():
-    """Note where an attempt lets the event loop sleep, which would stop the check."""
-    slept, sleep = [], time.sleep
-
-    def instead(seconds: float) -> None:
-        if threading.current_thread() is threading.main_thread():
-            slept.append(seconds)
-        else:
-            sleep(seconds)
-
-    with patch.object(time, "sleep", instead):
-        yield slept
+        return f"✗ Not yet. It raised {type(error).__name__}: {error}"
+    return "✓ Done."
 
 
 @contextlib.asynccontextmanager
-async def naming_what_is_not_awaited():
-    """Say of a block which coroutine was never awaited: it causes later failures."""
+async def trying(block, explain):
+    """Serve an attempt. What it never awaited, or what its log says, is the cause."""
+    failure, log = None, []
+    try:
+        with noting_what_is_not_awaited() as names:
+            async with block as server:
+                log = server.log
+                yield server
+    except Exception as error:
+        failure = error
+    need_awaited(names)
+    for line in log:
+        if cause := explain(line, failure):
+            raise Lacking(cause)
+    if failure:
+        raise failure
+
+
+def need_awaited(names: list[str]) -> None:
+    for name in names:
+        raise Lacking(f"`{name}` was called and never awaited.")
+
+
+@contextlib.contextmanager
+def noting_what_is_not_awaited():
+    """Give a list that in the end names the coroutines that were never awaited."""
     gc.freeze()  # what was there before is not the attempt's
-    failure, messages = None, []
+    failure, names = None, []
     with warnings.catch_warnings(record=True, action="always") as caught:
         try:
-            yield
+            yield names
         except Exception as error:
             failure = error
             while error:  # a traceback's frames hold what they have seen
                 error.__traceback__, error = None, error.__context__
         for _ in range(2):  # a warning holds its coroutine, which may hold another one
             gc.collect()
-            messages += [str(warning.message) for warning in caught]
+            said = " ".join(str(warning.message) for warning in caught)
+            names += re.findall(r"coroutine '(?:\S+\.)?(\w+)' was never awaited", said)
             caught.clear()
     gc.unfreeze()
-    for message in messages:
-        need_awaited(message)
+    if "wrapper" in names:  # of mongomock-motor
+        names.remove("wrapper")
     if failure:
         raise failure
 
 
-def need_awaited(message: str) -> None:
-    found = re.search(r"coroutine '(?:\S+\.)?(\w+)' was never awaited", message)
-    if found and found[1] != "wrapper":  # of mongomock-motor
-        raise Lacking(f"`{found[1]}` was called and never awaited.")
+async def scoreboard(scenarios: list, run) -> None:
+    """Run every scenario, and print what holds."""
+    for scenario in scenarios:
+        said = await verdict(run, scenario)
+        print(said[0], scenario.__doc__, said[2:] if said[0] != "✓" else "")

@@ -22,21 +22,22 @@ class Room:
     async def blank(self, number: int) -> None:
         """Take a message back, on every page. An unknown number lists the newest."""
         if message := await self.db.messages.find_one({"_id": number}):
-            await self.server.edit("messages", number, {"$set": {"text": ""}})
+            blank = {"$set": {"text": ""}}
+            await self.server.edit(self.db.messages.update_one({"_id": number}, blank))
             print(f"Message {number} by {message['user']} is blank.")
             return
         print(f"There is no message {number}. The newest are:")
-        for message in await chat.Message(self.db).newest(8):
-            print(f"{message['_id']:4} {message['user']}: {message['text']:.30}")
+        for event in await chat.newest(self.db, 8):
+            print(f"{event['id']:4} {event['user']}: {event['text']:.30}")
 
     async def expel(self, name: str) -> None:
         """Delete an account. All its windows close; its name is free again."""
         user = await self.db.users.find_one({"name": name})
         if not user:
-            names = ", ".join(self.server.room.names())
+            names = ", ".join(sorted(self.server.room.online))
             print(f"There is no user {name!r}. Online: {names}.")
             return
-        await self.server.edit("users", user["_id"], None)
+        await self.server.edit(self.db.users.delete_one({"_id": user["_id"]}))
         print(f"{name} has no account any more.")
 
 

@@ -27,11 +27,10 @@ from workshop.people import PASSWORD, Person
 # Where cells serve: "0.0.0.0" is for a notebook that is opened by another machine.
 HOST = os.environ.get("WORKSHOP_HOST", "127.0.0.1")
 FRAMES = Path(__file__).with_name("frames.html").read_text("utf-8")
-FIELDS = chat.Settings.model_fields
-DEFAULTS = {name: field.default for name, field in FIELDS.items()}
+DEFAULTS = {name: one.default for name, one in chat.Settings.model_fields.items()}
 # Cookies are per host, not per port: don't warn about another chat's cookie.
-logging.getLogger("aiohttp_session").addHandler(logging.NullHandler())
-PEOPLE = "ann", "bob", "eve", "mallory", "robot"
+logging.getLogger("aiohttp_session").setLevel(logging.ERROR)
+PEOPLE = "ann", "bob", "eve", "mallory"
 # One key for all servers of a notebook. Allow many sign-ins: a cell may be run again.
 REPEATABLE = {"SECRET_KEY": secrets.token_hex(), "LOGIN_ATTEMPTS": 1_000_000}
 
@@ -40,22 +39,12 @@ REPEATABLE = {"SECRET_KEY": secrets.token_hex(), "LOGIN_ATTEMPTS": 1_000_000}
 class Server:
     """A chat that runs inside the notebook, on the same event loop."""
 
-    def __init__(self, app, host: str) -> None:
-        self.app, self.host, self.port = app, host, 0
-        self.people, self.log, self.tasks = [], [], []
+    def __init__(self, app, host: str, port: int) -> None:
+        self.app, self.host, self.port = app, host, port
+        self.url = f"http://127.0.0.1:{port}"
+        self.room, self.db = app[chat.ROOM], app[chat.ROOM].db
+        self.people, self.log = [], []
         self.shared = False  # by cells, which may be run again
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def room(self):
-        return self.app[chat.ROOM]
-
-    @property
-    def db(self):
-        return self.app[chat.DATABASE]
 
     async def visitor(self, name: str = "") -> Person:
         """Return a person with a browser of their own, who has not signed in."""
@@ -74,39 +63,17 @@ class Server:
         await person.sign_in()
         return await person.connect(path)
 
-    async def edit(self, name: str, key, update: dict | None) -> None:
-        """Update a document, or delete it (None), as an operator does."""
-        if not self.db.shared:  # in memory, the chat has to be told
-            return await self.db.edit(name, key, update)
-        collection = self.db.mongo[name]
-        if update is None:
-            return await collection.delete_one({"_id": key})
-        return await collection.update_one({"_id": key}, update)
-
-    @contextlib.contextmanager
-    def failing(self, error: Exception):
-        """Let every insert of a message fail."""
-
-        async def fail(message):
-            raise error
-
-        with patch.object(self.db, "insert", fail):
-            yield
+    async def edit(self, query) -> None:
+        """Await a write of an operator's. In memory, the chat has to be told."""
+        await (query if self.db.shared else self.db.edit(query))
 
     @staticmethod
     def sentences(html: str) -> list[str]:
         """Return what a page says beside its fields."""
         return re.findall(r'class="error"[^>]*>([^<]*)', html)
 
-    def run(self, work) -> None:
-        """Run a coroutine beside the chat, until it ends or the chat does."""
-        self.tasks.append(asyncio.create_task(work))
-
     async def end(self) -> None:
-        """Stop what runs beside the chat, and close everyone's connections."""
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        """Close everyone's connections."""
         for person in self.people:
             await person.close()
 
@@ -114,21 +81,20 @@ class Server:
 class Lines(logging.Handler):
     """Keep what is logged, a line each, and print it if it should be seen at once.
 
-    Loggers belong to the whole process: of several servers, the newest one listens.
+    The log belongs to the whole process: of several servers, the newest one listens.
     """
 
-    names = "chat", "aiohttp.server"
     listeners = []
 
     def __init__(self, lines: list, seen: bool) -> None:
         super().__init__(logging.WARNING)
         self.lines, self.seen = lines, seen
         self.listeners.append(self)
-        for name in self.names:
-            logging.getLogger(name).addHandler(self)
+        logging.getLogger().addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self is not self.listeners[-1]:
+        edited = "edit of documents" in record.getMessage()  # as it should be
+        if edited or self is not self.listeners[-1]:
             return
         error = record.exc_info and record.exc_info[1]
         cause = f": {type(error).__name__}: {error}" if error else ""
@@ -139,8 +105,7 @@ class Lines(logging.Handler):
 
     def close(self) -> None:
         self.listeners.remove(self)
-        for name in self.names:
-            logging.getLogger(name).removeHandler(self)
+        logging.getLogger().removeHandler(self)
         super().close()
 
 
@@ -166,39 +131,33 @@ async def serving(host=HOST, port=0, change=None, log=False, **replaced):
             for path, view, name in chat.ROUTES
         ]
         with patch.multiple(chat, **{"ROUTES": routes} | replaced):
-            app = chat.init_app(settings)
-            for name in Lines.names:  # a filter would say a line once a minute
+            app, lines = chat.init_app(settings), []
+            for name in chat.LOGGERS:  # a filter would say a line once a minute
                 logging.getLogger(name).filters.clear()
             if change:
                 change(app)
-            server = Server(app, host)
-            stack.callback(Lines(server.log, log).close)
+            stack.callback(Lines(lines, log).close)
             runner = web.AppRunner(app, shutdown_timeout=1, access_log=None)
             stack.push_async_callback(runner.cleanup)
             with contextlib.redirect_stdout(io.StringIO()):
                 await runner.setup()
+        server = Server(app, host, port)
+        server.log = lines
         await web.SockSite(runner, listener).start()
-        server.port = port
         stack.push_async_callback(server.end)
         yield server
 
 
 def in_memory() -> dict:
     """Return what gives several servers, one after the other, one database in memory."""
-    client = chat.AsyncMongoMockClient(tz_aware=True)
-    made = []
+    opened, open_database = [], chat.open_database
 
-    async def create_once(collection, *fields: str) -> None:
-        # The second time, mongomock treats missing emails as equal.
-        if fields not in made:
-            await chat_creates(collection, *fields)
-            made.append(fields)
+    async def open_once(settings):
+        if not opened:
+            opened.append(await open_database(settings))
+        return opened[0]
 
-    chat_creates = chat.create_unique_index
-    return {
-        "AsyncMongoMockClient": lambda **options: client,
-        "create_unique_index": create_once,
-    }
+    return {"open_database": open_once}
 
 
 live = None  # the server that cells share
@@ -222,18 +181,15 @@ async def serve(*arguments, **changes) -> Server:
     live = await stack.enter_async_context(serving(*arguments, **shared | changes))
     live.stop, live.shared, live.people = stack.aclose, True, people
     for person in people:
-        with contextlib.suppress(OSError, aiohttp.ClientError, TimeoutError):
-            await person.come_over()
-    await reserve_names(live)
-    return live
-
-
-async def reserve_names(server: Server) -> None:
-    """Create the accounts of the notebook's people, before you can take their names."""
-    for name in PEOPLE:
-        if not await server.db.users.find_one({"name_key": name}):
+        if person.reader:  # else she has not come yet, or has left
+            last = max((message["id"] for message in person.messages()), default=0)
+            with contextlib.suppress(OSError, aiohttp.ClientError, TimeoutError):
+                await person.come_back(last)
+    for name in PEOPLE:  # create their accounts, before you can take their names
+        if not await live.db.users.find_one({"name_key": name}):
             hashed = await asyncio.to_thread(chat.hash_password, PASSWORD)
-            await chat.User(server.db).create(name, "", hashed)
+            await chat.create_user(live.db, name, "", hashed)
+    return live
 
 
 async def stop() -> None:
@@ -251,18 +207,13 @@ def look(server, *paths: str, height: int = 300) -> None:
     are two sites, and a session cookie stays at home.
     """
     paths = paths or ("/",)
-    link = '<p>{}: <a href="{}" target="_blank">{}</a></p>'
-    address = f"http://localhost:{server.port}{paths[0]}"
-    parts = [link.format("In a window of its own", address, address)]
-    if server.host == "0.0.0.0":
-        address = f"http://{own_address()}:{server.port}{paths[0]}"
-        parts.append(link.format("From other machines", address, address))
-    # A frame in VS Code belongs to another site than the chat: no cookies.
-    if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys():
-        parts.append("<p>VS Code cannot sign in inside a frame: use the link.</p>")
-    else:
-        parts.append(frames(server, paths, height))
-    display(HTML("".join(parts)))
+    hosts = ["localhost"] + [own_address()] * (server.host == "0.0.0.0")
+    addresses = [f"http://{host}:{server.port}{paths[0]}" for host in hosts]
+    links = [f'<a href="{one}" target="_blank">{one}</a>' for one in addresses]
+    shown = frames(server, paths, height)
+    if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys():  # there it gets no cookies
+        shown = "<p>VS Code cannot sign in inside a frame: use the link.</p>"
+    display(HTML(f"<p>In a window of its own: {' or '.join(links)}</p>{shown}"))
 
 
 def frames(server, paths, height: int) -> str:
@@ -279,10 +230,10 @@ def frames(server, paths, height: int) -> str:
 
 def own_address() -> str:
     """Return this machine's address, also on a network without a way out of it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        with contextlib.suppress(OSError):
-            probe.connect(("192.0.2.1", 9))  # sends nothing: the system picks a route
-            return probe.getsockname()[0]
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with udp as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # sends nothing: the system picks a route
+        return probe.getsockname()[0]
     found = [a.address for card in psutil.net_if_addrs().values() for a in card]
     return next((a for a in found if re.fullmatch(r"(?!127)[\d.]+", a)), "127.0.0.1")
 
@@ -298,7 +249,7 @@ class Process:
     def __init__(self, **settings) -> None:
         defaults = {name: str(value) for name, value in DEFAULTS.items()}
         self.environment = os.environ | defaults | {"PORT": "0"} | settings
-        self.output, self.port, self.people = "", 0, []
+        self.output, self.url, self.exit_code, self.people = "", "", None, []
 
     async def __aenter__(self) -> "Process":
         await asyncio.to_thread(self.start)
@@ -313,27 +264,19 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
-            errors="replace",
         )
         while "CTRL+C" not in self.output and (line := self.process.stdout.readline()):
             self.output += line
-        if found := re.search(r"http://\S+:(\d+)", self.output):
-            self.port = int(found[1])
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        if found := re.search(r"http://\S+:\d+", self.output):
+            self.url = found[0]
+        else:
+            self.exit_code = self.process.wait()
 
     async def join(self, name: str) -> Person:
         """Return a person who has signed up, or in, and opened a WebSocket."""
         self.people.append(Person(self.url, name))
-        return await self.people[-1].__aenter__()
-
-    async def end(self) -> tuple[int, str]:
-        """Stop it as a host would; return its exit code and all that it has said."""
-        self.process.terminate()
-        self.output += await asyncio.to_thread(self.process.stdout.read)
-        return await asyncio.to_thread(self.process.wait), self.output
+        await self.people[-1].sign_in()
+        return await self.people[-1].connect()
 
     async def kill(self) -> None:
         """End it without a warning, as a power cut would."""
@@ -356,14 +299,13 @@ async def two_processes():
             print(NO_MONGODB)
             yield None, None
             return
-        name = f"tutorial-{ObjectId()}"
-        settings = {
-            "MONGO_HOST": uri,
-            "MONGO_DB_NAME": name,
-            "SECRET_KEY": secrets.token_hex(),
-        }
+        name, key = f"tutorial-{ObjectId()}", secrets.token_hex()
+        settings = {"MONGO_HOST": uri, "MONGO_DB_NAME": name, "SECRET_KEY": key}
         client = await stack.enter_async_context(AsyncMongoClient(uri))
         stack.push_async_callback(client.drop_database, name)
         processes = [Process(**settings), Process(**settings)]
-        both = map(stack.enter_async_context, processes)
-        yield await asyncio.gather(*both)
+        await asyncio.gather(*map(stack.enter_async_context, processes))
+        if not all(process.url for process in processes):
+            print(processes[0].output)
+            processes = None, None
+        yield processes

@@ -2,17 +2,14 @@
 
 import asyncio
 import contextlib
-import gc
-import json
 import re
 import secrets
-import warnings
 from pathlib import Path
 
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
-from workshop import scenarios
 from workshop.cells import define, file_of
+from workshop.judge import noting_what_is_not_awaited
 from workshop.people import Client
 from workshop.servers import HOST, Lines, frames, own_address
 
@@ -56,16 +53,11 @@ class LittleServer:
 
     def __init__(self, talk, page: str) -> None:
         # A check names the cells that it has judged; else run the handler's own again.
-        files = getattr(talk, "files", [file_of(talk)])
-        self.names = define(talk.__globals__, *files)
-        self.talk = self.names.get(talk.__name__, talk)
+        self.names = define(talk.__globals__, *getattr(talk, "files", [file_of(talk)]))
+        self.talk = self.names[talk.__name__]
         self.page, self.host, self.port, self.runner = page, HOST, 0, None
         self.people, self.paths, self.transports = [], [], {}
-        self.log, self.warnings = [], []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        self.log = []
 
     def __repr__(self) -> str:
         return f"A little chat at {self.url}"
@@ -101,6 +93,7 @@ class LittleServer:
         await self.runner.setup()
         await web.TCPSite(self.runner, HOST, 0).start()
         self.port = self.runner.addresses[0][1]
+        self.url = f"http://127.0.0.1:{self.port}"
 
     async def stop(self) -> None:
         """Stop serving. aiohttp cancels the handlers that still run."""
@@ -112,17 +105,6 @@ class LittleServer:
         self.people.append(guest)
         return await guest.connect()
 
-    async def come_back_slowly(self) -> Guest:
-        """Let Bob come back on a slow network while Ann talks; return Bob."""
-        return await scenarios.come_back_slowly(self)
-
-    @property
-    def complaints(self) -> list[str]:
-        """Return what Python has complained of: its warnings, and errors in the log."""
-        gc.collect()  # Python warns of a coroutine when it is collected
-        caught = [w.message for w in self.warnings if w.category is RuntimeWarning]
-        return [*map(str, caught), *self.log]
-
     async def send_home(self) -> None:
         for person in self.people:
             await person.close()
@@ -132,15 +114,10 @@ class LittleServer:
 async def serving_little(talk, page: str = page, log: bool = False):
     """Serve a handler of part A for as long as a `with` block lasts.
 
-    What goes wrong in it is kept, as `server.complaints`; with `log` it is printed.
+    What goes wrong in it is kept, as `server.log`; with `log` it is printed.
     """
     server = LittleServer(talk, page)
     async with contextlib.AsyncExitStack() as stack:
-        if not log:
-            caught = warnings.catch_warnings(record=True, action="always")
-            server.warnings = stack.enter_context(caught)
-            gc.freeze()  # then `complaints` has to look at what is new only
-            stack.callback(gc.unfreeze)
         stack.callback(Lines(server.log, log).close)
         await server.start()
         stack.push_async_callback(server.stop)
@@ -150,12 +127,22 @@ async def serving_little(talk, page: str = page, log: bool = False):
 
 @contextlib.asynccontextmanager
 async def little(talk):
-    """Serve a handler in a demonstration, which an attempt may end early."""
+    """Serve a handler in a demonstration, which an attempt may end early.
+
+    At the end say what Python has complained of.
+    """
+    log = []
     try:
-        async with serving_little(talk) as server:
-            yield server
+        with noting_what_is_not_awaited() as names:
+            async with serving_little(talk) as server:
+                log = server.log
+                yield server
     except (ConnectionError, TimeoutError, AttributeError) as error:
         print(f"Here it ends: {error}")
+    for name in names:
+        print(f"Python says: coroutine {name!r} was never awaited.")
+    for line in log:
+        print("The log says:", line)
 
 
 KEPT = 12  # servers of the newest calls of `play`, so that frames further up stay live
@@ -212,28 +199,3 @@ async def stall_in(server: LittleServer, messages: int = 700) -> list[float]:
             await ann.say("x" * 10_000, seconds=1)
             waiting.append(server.transports["bob"].get_write_buffer_size() / 1024)
     return waiting
-
-
-async def wire_bytes(event: dict) -> bytes:
-    """Return the bytes that aiohttp writes for an event: a frame, after a handshake."""
-
-    async def send(request):
-        ws = web.WebSocketResponse()
-        await ws.prepare(request)
-        await ws.send_frame(json.dumps(event).encode(), WSMsgType.TEXT)
-        return ws
-
-    send.files = ()
-    async with serving_little(send) as server:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(
-            b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
-            b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            b"Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
-        )
-        await reader.readuntil(b"\r\n\r\n")
-        start = await reader.readexactly(2)  # the second byte is the length, up to 125
-        frame = start + await reader.readexactly(start[1])
-        writer.close()
-        await writer.wait_closed()
-        return frame

@@ -8,8 +8,7 @@ import chat
 @web.middleware
 async def own_origin(request, handler):
     origin = request.headers.get("Origin")  # None: not a browser
-    if origin not in (None, f"http://{request.host}") or not chat.is_local(
-        request.host
-    ):
+    own = None, f"http://{request.host}"
+    if origin not in own or not chat.LOCAL.fullmatch(request.host):
         raise web.HTTPForbidden()
     return await handler(request)
