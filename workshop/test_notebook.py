@@ -108,8 +108,7 @@ LEFT = """
 [task.get_coro().cr_code.co_filename for task in asyncio.all_tasks()], [
     child.cmdline() for child in process.children(recursive=True)]
 """
-NO_SERVER = "import workshop.servers as s\ns.replica_set.__globals__['find_mongod'] = "
-NO_SERVER += "lambda: None"
+NO_SERVER = "import workshop.mongodb as m\nm.find_mongod = lambda: None"
 
 
 async def run(*sources):
