@@ -1,321 +1,173 @@
-"""What else the chat does: start, pages, storage, sign-ins, crowds, floods, a stall.
+"""What else the chat does: floods, strangers, a restart, storage, an idle process.
 
-Each check starts its own chat, and yields facts (what, figure) and targets (what, ratio
-or difference, the most it may be). The peers have none of this.
+Each check starts its own chat and yields what was measured and its figure, as text. The
+peers have none of this. Limits are as shipped, except where storage is measured.
 """
 
+import asyncio
 import contextlib
-import http.client
-import selectors
-import socket
-import statistics
-import threading
 import time
-import uuid
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from collections import Counter
 
-from load import TEXT, Load, LoadError, run, run_whole
-from servers import PASSWORD, ask, post, start_chat
+from load import Load, LoadError, run
+from servers import RAISED, mongodb, start_chat
+
+TALK = {"n": 10, "s": 10, "i": 0.25}  # ten people, four messages a second each
 
 
 def milliseconds(value: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.2g} ms"
 
 
-def median(runs: list[dict], figure: str) -> float:
-    return statistics.median(one[figure] for one in runs)
+# --- What delays others ---
+async def flood(port: int, opening: str, data: bytes, count: int, seconds: float):
+    """Open connections, and send the same bytes over and over, as the server reads."""
+
+    async def ignore(reader) -> None:
+        while await reader.read(65_536):
+            pass
+
+    async def send() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            if opening:
+                writer.write(opening.encode())
+                answer = await reader.readuntil(b"\r\n\r\n")
+                if not answer.startswith(b"HTTP/1.1 101"):
+                    raise LoadError("a connection of the flood was refused")
+            async with asyncio.TaskGroup() as group:
+                group.create_task(ignore(reader))
+                while True:
+                    writer.write(data)
+                    await writer.drain()
+        finally:
+            writer.transport.abort()
+
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            results = await asyncio.gather(
+                *(send() for _ in range(count)), return_exceptions=True
+            )
+            raise LoadError(f"the flood ended too soon: {results[0]!r}")
 
 
-# --- The start ---
-def check_start(chat, options):
-    times = []
-    for _ in range(1 if options.quick else 5):
-        with start_chat(chat) as server:
-            while ask(server.port, "GET", "/login")[0] != 200:
-                time.sleep(0.005)
-            times.append((time.perf_counter() - server.started) * 1e3)
-    yield "from `python chat.py` to the first page", milliseconds(min(times))
+def wait_beside(server, opening: str, data: bytes, count: int, seconds: float) -> str:
+    """Let ten people talk, alone and then beside a flood; tell their waits."""
+    *talkers, _ = server.cookies
+    alone = run(server, talkers, **TALK, d=seconds)
+    talk = Load(server, talkers, **TALK, a=0, d=seconds + 1)
+    time.sleep(1)  # they have connected
+    asyncio.run(flood(server.port, opening, data, count, seconds))
+    beside = talk.figures()
+    waits = [milliseconds(beside[which]) for which in ("p50", "p99", "longest")]
+    return f"{'; '.join(waits)} (alone p99 {milliseconds(alone['p99'])})"
 
 
-# --- Pages ---
-def time_pages(servers: list, count: int) -> list[float]:
-    """Return the median time of each server's front page, asked for in turns."""
-    visits = [
-        (http.client.HTTPConnection("127.0.0.1", server.port), server.cookies[0], [])
-        for server in servers
-    ]
-    for _ in range(count):
-        for connection, cookie, times in visits:
-            times.append(time_page(connection, cookie))
-    for connection, *_ in visits:
-        connection.close()
-    return [statistics.median(times) for *_, times in visits]
-
-
-def time_page(connection, cookie: str) -> float:
-    start = time.perf_counter()
-    connection.request("GET", "/", headers={"Cookie": cookie})
-    response = connection.getresponse()
-    body = response.read()
-    took = time.perf_counter() - start
-    if response.status != 200 or body.count(b"data-id") < 50:
-        raise LoadError(f"the page is not as it should be ({response.status})")
-    return took * 1e3
-
-
-def fill_mongodb(uri: str, name: str, count: int) -> None:
-    """Store messages as the chat would, but all at once."""
-    import bson
-    import pymongo
-
-    with pymongo.MongoClient(uri) as client:
-        for first in range(1, count + 1, 10_000):
-            documents = [
-                {
-                    "_id": number,
-                    "user_id": bson.ObjectId(),
-                    "user": "sender-0",
-                    "text": TEXT,
-                    "time": datetime.now(UTC),
-                    "nonce": str(uuid.uuid4()),
-                }
-                for number in range(first, min(first + 10_000, count + 1))
-            ]
-            client[name].messages.insert_many(documents)
-
-
-def check_pages(chat, options):
-    many, requests = (3_000, 100) if options.quick else (100_000, 500)
-
-    def compare(where, few, full):
-        value = f"{milliseconds(few)}, {milliseconds(full)}"
-        yield f"the page `/` with 100 and with {many:,} messages, {where}", value
-        yield f"`/` with {many:,} messages to 100, {where}", full / few, 1.2
-
-    with contextlib.ExitStack() as stack:
-        servers = []
-        for count in (100, many):
-            server = stack.enter_context(start_chat(chat, people=1))
-            run_whole(server, n=1, w=64, c=count, d=120, a=0)
-            servers.append(server)
-        yield from compare("in memory", *time_pages(servers, requests))
-    uri = options.mongodb()
-    with contextlib.ExitStack() as stack:
-        servers = []
-        for count in (100, many):
-            name = options.new_name()
-            fill_mongodb(uri, name, count)
-            settings = {"MONGO_HOST": uri, "MONGO_DB_NAME": name}
-            servers.append(stack.enter_context(start_chat(chat, 1, **settings)))
-        yield from compare("MongoDB", *time_pages(servers, requests))
-
-
-# --- Storage ---
-def check_storage(chat, options):
-    def measure(followers=0, **settings):
-        with contextlib.ExitStack() as stack:
-            server = stack.enter_context(start_chat(chat, people=8, **settings))
-            others = [
-                stack.enter_context(start_chat(chat, **settings))
-                for _ in range(followers)
-            ]
-            used = [other.cpu() for other in others]
-            figures = run_whole(server, n=8, s=8, w=8, a=0, d=options.seconds * 2)
-            used = [other.cpu() - one for other, one in zip(others, used, strict=True)]
-        messages, seconds = figures["messages"], figures["seconds"]
-        each = [f"{cpu / messages * 1e6:,.0f} µs" for cpu in (figures["cpu"], *used)]
-        return f"{messages / seconds:,.0f} a second", *each
-
-    yield "messages, in memory, 8 × 8 in flight", ", ".join(measure())
-    settings = {"MONGO_HOST": options.mongodb(), "MONGO_DB_NAME": options.new_name()}
-    rate, each, following = measure(followers=1, **settings)
-    yield "messages, MongoDB, 8 × 8 in flight", f"{rate}, {each}"
-    yield "… in another process, which only follows", following
-
-
-# --- Sign-ins ---
-def check_signins(chat, options):
-    """Sign in 50 people at once, again and again, while somebody talks to 100."""
-    readers, people = (50, 10) if options.quick else (100, 50)
-    forms = [
-        {"login": f"sender-{number}", "password": PASSWORD} for number in range(people)
-    ]
-    quiet, crowd, rates, sent_back = [], [], [], 0
-
-    def come(form) -> int:
-        return post(server.port, "/login", form)[1]
-
-    talk = {"n": readers, "i": 0.01, "d": options.seconds * 2}
-    with start_chat(chat, people) as server, ThreadPoolExecutor(people) as pool:
-        for _ in range(1 if options.quick else 5):
-            quiet.append(run_whole(server, **talk))
-            room, start, waves = Load(server, **talk), time.perf_counter(), 0
-            while room.process.poll() is None:
-                sent_back, waves = sent_back + sum(pool.map(come, forms)), waves + 1
-            rates.append(waves * people / (time.perf_counter() - start))
-            crowd.append(room.figures())
-    alone, beside = median(quiet, "p99"), median(crowd, "p99")
-    back = f", {sent_back} were asked to come back" if sent_back else ""
-    yield f"{people} sign in at once", f"{statistics.median(rates):.0f} a second{back}"
-    value = f"{milliseconds(beside)} (alone: {milliseconds(alone)})"
-    yield "… p99 of messages meanwhile, on one core", value
-    yield "p99 of messages while people sign in, to alone", beside / alone, 3
-
-
-# --- A crowd ---
-def storm(server, cookies: list[str], seconds: float) -> tuple[dict, dict]:
-    """Let people come as fast as the server takes them, while another talks."""
-    talker, *crowd = cookies
-    room = Load(server, [talker], n=1, i=0.1, d=seconds, a=0)
-    time.sleep(1)
-    came = run(server, crowd, n=len(crowd), s=0, d=0, a=0)
-    if came["welcomes"] < len(crowd):
-        raise LoadError(f"only {came['welcomes']} of {len(crowd)} people came in")
-    return came, room.figures()
-
-
-def check_join_storm(chat, options):
-    """Let 1,000 different people come; and come back to a process that restarts."""
-    people, seconds = (30, 2) if options.quick else (1_000, 10)
-
-    def tell(what, came, room):
-        value = f"{came['connecting_cpu']:.2g} s of CPU, all in after "
-        value += f"{came['welcoming']:.2g} s"
-        yield what, value
-        longest = room["longest"]
-        yield "… longest wait of a message meanwhile", milliseconds(longest)
-
-    with start_chat(chat, people + 1, pinned=False) as server:
-        server.pin()
-        figures = storm(server, server.cookies, seconds)
-    yield from tell(f"{people:,} people come, in memory", *figures)
-    settings = {"MONGO_HOST": options.mongodb(), "MONGO_DB_NAME": options.new_name()}
-    with start_chat(chat, people + 1, pinned=False, **settings) as server:
-        cookies = server.cookies
-    with start_chat(chat, **settings) as server:
-        came, room = storm(server, cookies, seconds)
-    what = f"{people:,} people come back to a restarted process, MongoDB"
-    yield from tell(what, came, room)
-    yield f"{what}: longest wait of a message, s", room["longest"] / 1e3, 0.5
-
-
-# --- A flood ---
 def client_frame(opcode: int, payload: bytes) -> bytes:
-    """Make a short frame. Its mask is zero, which leaves the payload as it is."""
+    """Make a short frame. Its mask is zero, which leaves the payload unchanged."""
     return bytes([0x80 | opcode, 0x80 | len(payload), 0, 0, 0, 0]) + payload
 
 
-FLOODS = {
+FRAMES = {
     "empty texts": client_frame(1, b'{"type": "message", "text": "", "nonce": "n"}'),
     "pings": client_frame(9, b""),
     "messages": client_frame(1, b'{"type": "message", "text": "x", "nonce": "n"}'),
 }
+UPGRADE = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+UPGRADE += "Sec-WebSocket-Key: eHh4eHh4eHh4eHh4eHh4eA==\r\n"
 
 
-class Flood:
-    """Some sockets of one person, which send a frame over and over."""
-
-    def __init__(self, server, cookie: str, frame: bytes, count: int) -> None:
-        self.data, self.over = frame * (65_536 // len(frame)), False
-        self.sockets = [self.open(server.port, cookie) for _ in range(count)]
-        self.thread = threading.Thread(target=self.send)
-
-    def open(self, port: int, cookie: str) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-        request = [
-            "GET /ws HTTP/1.1",
-            f"Host: 127.0.0.1:{port}",
-            f"Origin: http://127.0.0.1:{port}",
-            f"Cookie: {cookie}",
-            "Upgrade: websocket",
-            "Connection: Upgrade",
-            "Sec-WebSocket-Version: 13",
-            "Sec-WebSocket-Key: eHh4eHh4eHh4eHh4eHh4eA==",
-        ]
-        connection.sendall(("\r\n".join(request) + "\r\n\r\n").encode())
-        if not connection.recv(65_536).startswith(b"HTTP/1.1 101"):
-            raise LoadError("a connection of the flood was refused")
-        connection.setblocking(False)
-        return connection
-
-    def send(self) -> None:
-        """Send as fast as the server takes it, and read what comes back."""
-        selector = selectors.DefaultSelector()
-        for connection in self.sockets:
-            selector.register(connection, selectors.EVENT_READ | selectors.EVENT_WRITE)
-        left = dict.fromkeys(self.sockets, b"")
-        while not self.over:
-            for key, events in selector.select(0.01):
-                connection = key.fileobj
-                try:
-                    if events & selectors.EVENT_READ:
-                        connection.recv(65_536)
-                    if events & selectors.EVENT_WRITE:
-                        data = left[connection] or self.data
-                        left[connection] = data[connection.send(data) :]
-                except BlockingIOError:
-                    pass
-                except OSError:  # the server has cut it off
-                    selector.unregister(connection)
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *error) -> None:
-        self.over = True
-        self.thread.join()
-        for connection in self.sockets:
-            connection.close()
+def check_flood(chat, quick):
+    """Let one person send as fast as the server reads, on all sockets they may have."""
+    for what, frame in FRAMES.items():
+        with start_chat(chat, people=11) as server:
+            opening = f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
+            opening += f"Cookie: {server.cookies[-1]}\r\n{UPGRADE}\r\n"
+            data = frame * (65_536 // len(frame))
+            waits = wait_beside(server, opening, data, 20, 1 if quick else 4)
+        yield f"others wait, one person floods 20 sockets: {what}", waits
 
 
-def check_flood(chat, options):
-    """Let one person send as fast as it goes, with the limits that the chat ships."""
-    talk = {"n": 10, "i": 0.25, "a": 0.5, "d": 1 if options.quick else 5}
-    for count in (3,) if options.quick else (1, 20):
-        for what in list(FLOODS)[: 1 if options.quick else None]:
-            with start_chat(chat, people=2, limits=True) as server:
-                talker, flooder = server.cookies
-                alone = run(server, [talker], **talk)["longest"]
-                with Flood(server, flooder, FLOODS[what], count):
-                    longest = run(server, [talker], **talk)["longest"]
-            sockets = f"{count} socket{'s' * (count > 1)}"
-            what = f"one person floods by {what}, {sockets}: longest wait of others"
-            yield what, f"{milliseconds(longest)} (alone: {milliseconds(alone)})"
-            yield f"{what}, s more than alone", (longest - alone) / 1e3, 0.1
+def check_strangers(chat, quick):
+    """Let five clients without an account send 1,500 requests in one piece, again."""
+    with start_chat(chat, people=11) as server:
+        request = f"GET /login HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n"
+        data = request.encode() * 1_500
+        waits = wait_beside(server, "", data, 5, 1 if quick else 6)
+    what = "others wait, 5 strangers pipeline 1,500 requests at a time"
+    yield what, waits
 
 
-# --- A reader that stops reading ---
-def check_stalled_reader(chat, options):
-    """Let one reader stop reading, and another, while eight others talk fast.
+# --- MongoDB ---
+def check_restart(chat, quick):
+    """Let people reconnect to a process that has just started, while one talks."""
+    people = 30 if quick else 1_000
+    with mongodb() as uri:
+        with start_chat(chat, people + 1, MONGO_HOST=uri) as server:
+            talker, *crowd = server.cookies
+        with start_chat(chat, MONGO_HOST=uri) as server:
+            talk = Load(server, [talker], n=1, i=0.25, d=3 if quick else 10, a=0)
+            time.sleep(1)
+            came = run(server, crowd, n=people, s=0, d=0, a=0)
+            longest = talk.figures()["longest"]
+    if came["welcomes"] < people:
+        raise LoadError(f"only {came['welcomes']} of {people} people came back")
+    figure = f"{came['connecting_cpu']:.2g} s of CPU, "
+    figure += f"the last after {came['welcoming']:.2g} s"
+    yield f"{people:,} people come back after a restart, MongoDB", figure
+    yield "longest wait of a message meanwhile", milliseconds(longest)
 
-    Until it has missed some 6 MB: the system keeps most of that for it.
-    """
-    readers, messages = (50, 3_000) if options.quick else (1_000, 30_000)
-    talk = {"n": readers, "s": 8, "w": 8, "c": messages, "d": 60}
-    quiet, beside = [], []
-    with start_chat(chat, people=8) as server:
-        for _ in range(1 if options.quick else 3):
-            quiet.append(run_whole(server, **talk))
-            beside.append(run_whole(server, k=1, **talk))
-    before, after = median(quiet, "p99"), median(beside, "p99")
-    what = f"one of {readers:,} readers stops reading: p99 of the others"
-    yield what, f"{milliseconds(after)} (alone: {milliseconds(before)})"
-    rate = median(quiet, "seconds") / median(beside, "seconds")
-    yield "… their deliveries per second, to alone", f"{rate:.0%}"
-    growth = max(one["growth"] for one in beside) / 1_024
-    yield "… memory", f"{growth:+.1f} MiB at most"
-    cut = sum(one["cut"] for one in beside)
-    yield "… the reader", f"cut off in {cut} of {len(beside)} cases"
-    yield "p99 beside a stalled reader, to alone", after / before, 1.5
+
+def check_storage(chat, quick):
+    """Store messages as fast as it goes, with the limits raised."""
+
+    def measure(**settings) -> str:
+        with start_chat(chat, people=8, **settings, **RAISED) as server:
+            figures = run(server, n=8, s=8, w=8, a=0, d=1 if quick else 4)
+        messages, each = figures["messages"], figures["cpu"] / figures["messages"]
+        rate = f"{messages / figures['seconds']:,.0f} a second"
+        return f"{rate}, {each * 1e6:,.0f} µs of CPU each"
+
+    what = "messages, 8 × 8 in flight, 8 readers"
+    yield f"{what}, in memory", measure()
+    with mongodb() as uri:
+        yield f"{what}, MongoDB", measure(MONGO_HOST=uri)
+
+
+def check_idle(chat, quick):
+    """Count the commands that an idle process sends to MongoDB, beside `hello`."""
+    import pymongo
+
+    seconds = 4 if quick else 10
+
+    def counts() -> Counter:
+        commands = client.admin.command("serverStatus")["metrics"]["commands"]
+        ours = commands.keys() - {"<UNKNOWN>", "hello", "isMaster", "serverStatus"}
+        return Counter({name: int(commands[name]["total"]) for name in ours})
+
+    def count() -> str:
+        time.sleep(3)  # until presence has settled
+        before = counts()
+        time.sleep(seconds)
+        sent = counts() - before
+        each = ", ".join(f"{name} {n / seconds:.2g}" for name, n in sent.items())
+        return f"{sent.total() / seconds:.2g} commands a second ({each})"
+
+    with contextlib.ExitStack() as stack:
+        uri = stack.enter_context(mongodb())
+        client = stack.enter_context(pymongo.MongoClient(uri))
+        server = stack.enter_context(start_chat(chat, people=1, MONGO_HOST=uri))
+        yield "an idle process, nobody connected, MongoDB", count()
+        load = Load(server, n=1, s=0, i=1, a=0, d=seconds + 4)
+        counted, used = count(), load.figures()
+        share = f"{used['cpu'] / used['seconds']:.1%} of a core"
+        yield "an idle process, one connected, MongoDB", f"{counted}, {share}"
 
 
 CHECKS = {
-    "start": check_start,
-    "pages": check_pages,
-    "storage": check_storage,
-    "sign-ins": check_signins,
-    "join storm": check_join_storm,
     "flood": check_flood,
-    "stalled reader": check_stalled_reader,
+    "strangers": check_strangers,
+    "restart": check_restart,
+    "storage": check_storage,
+    "idle": check_idle,
 }
