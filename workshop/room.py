@@ -22,8 +22,9 @@ class Room:
     async def blank(self, number: int) -> None:
         """Take a message back, on every page. An unknown number lists the newest."""
         if message := await self.db.messages.find_one({"_id": number}):
-            blank = {"$set": {"text": ""}}
-            await self.server.edit(self.db.messages.update_one({"_id": number}, blank))
+            write, blank = self.db.messages.find_one_and_update, {"$set": {"text": ""}}
+            query = write({"_id": number}, blank, return_document=True)
+            await self.server.edit("update", query)
             print(f"Message {number} by {message['user']} is blank.")
             return
         print(f"There is no message {number}. The newest are:")
@@ -37,7 +38,8 @@ class Room:
             names = ", ".join(sorted(self.server.room.online))
             print(f"There is no user {name!r}. Online: {names}.")
             return
-        await self.server.edit(self.db.users.delete_one({"_id": user["_id"]}))
+        query = self.db.users.find_one_and_delete({"_id": user["_id"]})
+        await self.server.edit("delete", query)
         print(f"{name} has no account any more.")
 
 

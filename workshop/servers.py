@@ -63,9 +63,9 @@ class Server:
         await person.sign_in()
         return await person.connect(path)
 
-    async def edit(self, query) -> None:
-        """Await a write of an operator's. In memory, the chat has to be told."""
-        await (query if self.db.shared else self.db.edit(query))
+    async def edit(self, operation: str, query) -> None:
+        """Await an operator's edit. In memory, the chat has to be told."""
+        await (query if self.db.shared else self.db.edit(operation, query))
 
     @staticmethod
     def sentences(html: str) -> list[str]:
@@ -93,8 +93,7 @@ class Lines(logging.Handler):
         logging.getLogger().addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        edited = "edit of documents" in record.getMessage()  # as it should be
-        if edited or self is not self.listeners[-1]:
+        if self is not self.listeners[-1]:
             return
         error = record.exc_info and record.exc_info[1]
         cause = f": {type(error).__name__}: {error}" if error else ""

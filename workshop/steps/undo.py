@@ -6,6 +6,11 @@ from contextlib import suppress
 import chat
 
 
+async def blank(db, number):
+    write, text = db.messages.find_one_and_update, {"$set": {"text": ""}}
+    await db.edit("update", write({"_id": number}, text, return_document=True))
+
+
 class UndoWebSocket(chat.WebSocket):
     async def answer(self, data):
         event = None
@@ -13,11 +18,10 @@ class UndoWebSocket(chat.WebSocket):
             event = json.loads(data)
         match event:
             case {"type": "message", "text": "/undo", "nonce": str(nonce)}:
-                history, db, name = self.room.history, self.room.db, self.user["name"]
+                history, name = self.room.history, self.user["name"]
                 events = history.events.values()
                 own = [e["id"] for e in events if e["user"] == name and e["text"]]
                 if own:
-                    blank = {"$set": {"text": ""}}
-                    await db.edit(db.messages.update_one({"_id": own[-1]}, blank))
+                    await blank(self.room.db, own[-1])
                 return {"type": "receipt", "nonce": nonce, "id": history.last}
         return await super().answer(data)
