@@ -36,10 +36,9 @@ def say(mark: str, what: str, found: str, brief: str) -> None:
 
 def look_at_python() -> None:
     version, fits = platform.python_version(), sys.version_info >= (3, 11)
-    found = version if fits else f"{version}; the workshop needs 3.11 or newer"
-    say("✓" if fits else "✗", "Python", found, f"Python {version}")
-    system = f"{platform.system()} {platform.machine()}"
-    say("✓", "System", system, system)
+    found = f"{version}, {platform.system()} {platform.machine()}"
+    found += "" if fits else "; the workshop needs 3.11 or newer"
+    say("✓" if fits else "✗", "Python", found, f"Python {found}")
 
 
 def read_requirements(path: Path) -> list:
@@ -96,10 +95,9 @@ async def look_at_chat() -> None:
 
 
 def look_at_port() -> None:
-    if is_free("127.0.0.1", 8080):
-        say("✓", "Port", "8080 is free", "port 8080 free")
-    else:
-        say("○", "Port", "8080 is taken; the notebook takes another", "port 8080 taken")
+    free = is_free("127.0.0.1", 8080)
+    found = "8080 is free" if free else "8080 is taken; the notebook takes another one"
+    say("✓" if free else "○", "Port", found, f"port 8080 {'free' if free else 'taken'}")
 
 
 def look_at_browser() -> None:

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 from workshop import judge, scenarios
 from workshop.judge import exercise, expect, need, scoreboard
-from workshop.people import as_sent, quiet
+from workshop.people import quiet
 from workshop.scenarios import heard, need_order
 from workshop.tiny import serving_little, stall_in
 
@@ -41,7 +41,7 @@ async def tell(person, text: str, nonce: str = "n-1", **more) -> dict:
 def all_of(person, *types: str) -> list:
     """Return what a person has heard, as it was sent; or only events of some types."""
     chosen = [event for event in person.heard if event["type"] in types or not types]
-    return [as_sent(event) for event in chosen]
+    return [event.get("raw", event) for event in chosen]
 
 
 async def passing(talk, *chosen) -> None:

@@ -300,11 +300,7 @@ async def undo(view) -> None:
         expect("Eve has said nothing. Her /undo gets a", receipt["type"], "receipt")
         for number, text in enumerate(["/undoing", "say /undo now"], 4):
             receipt = await eve.say(text)
-            expect(
-                f"{text!r} is an ordinary message. Its number:",
-                receipt.get("id"),
-                number,
-            )
+            expect(f"{text!r} is a message. Its number:", receipt.get("id"), number)
 
 
 def read_by(person) -> list[str]:

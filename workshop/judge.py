@@ -59,7 +59,10 @@ def exercise(*wanted: str):
             elif is_as_given(file_of(attempt), name):
                 said = NOT_ATTEMPTED
             else:
-                again = from_its_cell(attempt, name, wanted[-1])
+                # First our solution, for what the attempt's cell may lack.
+                files = our_file(name), file_of(attempt)
+                again = define(function_of(attempt).__globals__, *files)[wanted[-1]]
+                again.files = files
                 said = await verdict(check, again)
                 before = judged.setdefault(file_of(attempt), name)
                 if said[0] == "✓" or before == name:
@@ -72,14 +75,6 @@ def exercise(*wanted: str):
         return run
 
     return decorate
-
-
-def from_its_cell(attempt, name: str, wanted: str):
-    """Run an attempt's cell again, after our solution: it has what the cell lacks."""
-    files = our_file(name), file_of(attempt)
-    again = define(function_of(attempt).__globals__, *files)[wanted]
-    again.files = files
-    return again
 
 
 async def verdict(check, attempt, seconds: float = 30) -> str:

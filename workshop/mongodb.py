@@ -37,14 +37,13 @@ async def replica_set():
     """Give the URI of a replica set: of MONGO_HOST, or one of our own; None if none."""
     import pymongo  # here, so that looking for a server does not load the driver
 
-    if uri := os.environ.get("MONGO_HOST"):
+    uri = os.environ.get("MONGO_HOST")
+    if uri or not find_mongod():
         yield uri
         return
-    if not find_mongod():
-        yield None
-        return
     with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
         options = ["--replSet", "rs0", "--bind_ip", "127.0.0.1", "--quiet"]
         command = [find_mongod(), *options, "--port", str(port), "--dbpath", folder]
         # No asyncio: the event loop of a notebook on Windows starts no processes.
@@ -61,12 +60,6 @@ async def replica_set():
         finally:
             server.kill()
             await asyncio.to_thread(server.wait)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def is_free(host: str, port: int) -> bool:

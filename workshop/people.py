@@ -142,11 +142,6 @@ class Client:
         await self.session.close()
 
 
-def as_sent(event: dict):
-    """Return what the server sent, also if that is not an event."""
-    return event.get("raw", event)
-
-
 class Person(Client):
     """A user of `chat.py`, with a browser's cookies."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from IPython.display import HTML
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).with_name("svg")
 LOOKS = (
     ("#d0473d", 2, 1),
     ("#0b8791", 7, 0.4),
@@ -15,11 +15,8 @@ LOOKS = (
 
 
 def show(name: str) -> HTML:
-    """Return a picture of `workshop/svg`, or the README's one, without its card."""
-    folder = (
-        HERE / "svg" if (HERE / "svg" / f"{name}.svg").exists() else HERE / "../docs"
-    )
-    drawing = (folder / f"{name}.svg").read_text("utf-8")
+    """Return a picture. Without its card, the README's one has the page's colours."""
+    drawing = (HERE / f"{name}.svg").read_text("utf-8")
     return HTML(re.sub("<style>.*?</style>|<rect class=.card.*?/>", "", drawing))
 
 

@@ -125,10 +125,7 @@ async def serving(host=HOST, port=0, change=None, log=False, **replaced):
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
         settings = Settings(_env_file=None, **settings)  # whatever the environment says
-        routes = [
-            (path, replaced.get(view.__name__, view), name)
-            for path, view, name in chat.ROUTES
-        ]
+        routes = [(p, replaced.get(v.__name__, v), n) for p, v, n in chat.ROUTES]
         with patch.multiple(chat, **{"ROUTES": routes} | replaced):
             app, lines = chat.init_app(settings), []
             for name in chat.LOGGERS:  # a filter would say a line once a minute
@@ -148,7 +145,7 @@ async def serving(host=HOST, port=0, change=None, log=False, **replaced):
 
 
 def in_memory() -> dict:
-    """Return what gives several servers, one after the other, one database in memory."""
+    """Return what gives one server after the other the same database in memory."""
     opened, open_database = [], chat.open_database
 
     async def open_once(settings):
@@ -166,9 +163,8 @@ memory = in_memory()  # its database, which outlives it
 async def serve(*arguments, **changes) -> Server:
     """Serve the chat until `stop`; what was served before is stopped, and replaced.
 
-    Takes what `serving` takes. The port is any that is free, and then stays the same.
-    Accounts, messages and sessions stay as well, until the kernel stops. The notebook's
-    people come over to the new server.
+    Takes what `serving` takes. The port stays the same, and accounts, messages and
+    sessions stay until the kernel stops. The notebook's people come over.
     """
     global live
     shared = {"port": live.port if live else 0, "log": True} | memory

@@ -55,10 +55,8 @@ def columns_of(attempt, words, functions) -> str:
     """Return two columns: an attempt's lines, those without a word faint; and ours."""
     lines = lines_of(attempt)
     known = [line for line in lines if any(word in line for word in words)]
-    marked = [
-        f"<span style='opacity:{0.45 if known and line not in known else 1}'>{line}</span>"
-        for line in lines
-    ]
+    faint = "<span style='opacity:.45'>{}</span>"
+    marked = [one if one in known or not known else faint.format(one) for one in lines]
     title, column = (
         "<p><em>{}</em></p>",
         "<div style='flex:1 1 28em;min-width:0'>{}</div>",

@@ -145,7 +145,6 @@ async def little(talk):
         print("The log says:", line)
 
 
-KEPT = 12  # servers of the newest calls of `play`, so that frames further up stay live
 playing: list[contextlib.AsyncExitStack] = []
 
 
@@ -158,8 +157,6 @@ async def play(talk, *names: str, page: str = page, typing: bool = False):
     server = await stack.enter_async_context(serving_little(talk, page, log=True))
     server.paths = [f"/?name={name}{'&typing' * typing}" for name in names]
     playing.append(stack)
-    while len(playing) > KEPT:
-        await playing.pop(0).aclose()
     return server
 
 
