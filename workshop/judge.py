@@ -21,7 +21,6 @@ from workshop.people import patience
 NOT_ATTEMPTED = "○ Not attempted yet: the cell is as it was. Below, our solution runs."
 NOTHING_NEW = "○ Nothing new to check. If your cell raised an error, read its end."
 YOURS = "  Below, your attempt runs as it is."
-judged = {}  # the exercise for which a cell was judged first, by the cell
 
 
 class Lacking(Exception):
@@ -52,25 +51,20 @@ def exercise(*wanted: str):
 
         @functools.wraps(check)
         async def run(attempt):
-            if not file_of(attempt):
-                said = NOT_ATTEMPTED  # such as a class without a method
-            elif is_ours(attempt):
-                said = NOTHING_NEW
-            elif is_as_given(file_of(attempt), name):
-                said = NOT_ATTEMPTED
-            else:
-                # First our solution, for what the attempt's cell may lack.
-                files = our_file(name), file_of(attempt)
-                again = define(function_of(attempt).__globals__, *files)[wanted[-1]]
-                again.files = files
-                said = await verdict(check, again)
-                before = judged.setdefault(file_of(attempt), name)
-                if said[0] == "✓" or before == name:
-                    print(said if said[0] == "✓" else f"{said}\n{YOURS}")
-                    return again
-                said = NOTHING_NEW  # the cell was judged in another exercise
-            print(said)
-            return ours(name, wanted[-1])
+            if getattr(attempt, "judged", name) != name or is_ours(attempt):
+                print(NOTHING_NEW)  # what an earlier check has returned
+                return attempt
+            # A class without a method has no file.
+            if not file_of(attempt) or is_as_given(file_of(attempt), name):
+                print(NOT_ATTEMPTED)
+                return ours(name, wanted[-1])
+            # First our solution, for what the attempt's cell may lack.
+            files = our_file(name), file_of(attempt)
+            again = define(function_of(attempt).__globals__, *files)[wanted[-1]]
+            again.files, again.judged = files, name
+            said = await verdict(check, again)
+            print(said if said[0] == "✓" else f"{said}\n{YOURS}")
+            return again
 
         return run
 

@@ -26,25 +26,25 @@ def waiting(**curves: list[float]) -> HTML:
 
     def place(number: int, kibibytes: float) -> tuple[float, float]:
         up = min(4.2, log10(1 + kibibytes)) / 4.2
-        return round(70 + 500 * number / longest, 1), round(180 - 160 * up, 1)
+        return round(86 + 500 * number / longest, 1), round(180 - 160 * up, 1)
 
     shapes, row = [], 40
     for power in range(5):
         _, y = place(0, 10**power)
         shapes.append(
-            f"<path d='M70 {y} h500' stroke='currentColor' stroke-opacity='.2'/>"
+            f"<path d='M86 {y} h500' stroke='currentColor' stroke-opacity='.2'/>"
         )
-        shapes.append(text(62, y + 4, f"{10**power:,} KiB", "end"))
+        shapes.append(text(78, y + 4, f"{10**power:,} KiB", "end"))
     for (name, curve), look in zip(curves.items(), LOOKS, strict=False):
         style = "fill='none' stroke='{}' stroke-width='{}' stroke-opacity='{}'".format(
             *look
         )
         points = " ".join("{},{}".format(*place(*point)) for point in enumerate(curve))
         shapes.append(f"<polyline points='{points}' {style}/>")
-        shapes.append(f"<path d='M585 {row - 4} h20' {style}/>")
-        shapes.append(text(612, row, name.replace("_", " ")))
+        shapes.append(f"<path d='M600 {row - 4} h20' {style}/>")
+        shapes.append(text(628, row, name.replace("_", " ")))
         row += 24
-    shapes.append(text(320, 204, "messages of 10,000 characters", "middle"))
+    shapes.append(text(336, 204, "messages of 10,000 characters", "middle"))
     start = "<svg viewBox='0 0 720 212' width='720' role='img' font-size='13'"
     start += " aria-label='What waits for Bob in the server' fill='currentColor'"
     return HTML(f"{start} style='max-width:100%;height:auto'>{''.join(shapes)}</svg>")

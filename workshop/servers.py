@@ -204,7 +204,8 @@ def look(server, *paths: str, height: int = 300) -> None:
     paths = paths or ("/",)
     hosts = ["localhost"] + [own_address()] * (server.host == "0.0.0.0")
     addresses = [f"http://{host}:{server.port}{paths[0]}" for host in hosts]
-    links = [f'<a href="{one}" target="_blank">{one}</a>' for one in addresses]
+    link = '<a href="{}" target="_blank">{}</a>'
+    links = [link.format(one, one.partition("?")[0]) for one in addresses]
     shown = frames(server, paths, height)
     if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys():  # there it gets no cookies
         shown = "<p>VS Code cannot sign in inside a frame: use the link.</p>"

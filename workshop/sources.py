@@ -1,6 +1,7 @@
 """Show a learner's lines beside the functions of chat.py that keep the same rule."""
 
 import inspect
+import textwrap
 from html import escape
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def code(lines: list[str]) -> str:
 
 def lines_of(function) -> list[str]:
     """Return the source of a function; of a `talk`, with the `broadcast` it calls."""
-    text = inspect.cleandoc(inspect.getsource(function))
+    text = textwrap.dedent(inspect.getsource(function)).rstrip()
     if function.__name__ == "talk":
         text = inspect.getsource(function.__globals__["broadcast"]) + "\n\n" + text
     return escape(text).split("\n")

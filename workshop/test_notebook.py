@@ -201,7 +201,6 @@ class Attendee:
 @pytest.fixture
 async def attendee(capsys, monkeypatch):
     attendee = Attendee(capsys)
-    monkeypatch.setattr(judge, "judged", {})
     for cell in CODE:
         if cell.source.startswith(("import json", "from pymongo")):
             await attendee.run(cell.source)
@@ -423,11 +422,15 @@ async def test_demonstration_after_a_wrong_attempt_runs_that_attempt(attendee):
 
 
 async def test_cell_that_raises_leaves_nothing_new_to_check(attendee):
-    await attendee.attempt("names", solution("names"))
+    """And what runs below is not our solution. The same text in a new cell is new."""
+    await attendee.attempt("history", solution("history"))
     with pytest.raises(SyntaxError):
         await attendee.run("async def talk(request): ...!")
-    said = await attendee.run(call_of("history"))
+    said = await attendee.run(call_of("nothing_between"))
     assert said.startswith("○ Nothing new to check.")
+    assert not judge.is_ours(attendee.names["talk"])
+    said = await attendee.attempt("nothing_between", solution("history"))
+    assert "Bob never heard" in said
 
 
 # --- The notebook's chats ---
