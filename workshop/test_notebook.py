@@ -94,6 +94,23 @@ def test_part_b_has_the_sections_of_the_chat():
     assert headings == titles and len(titles) == 7
 
 
+def test_plan_of_the_day_names_the_cells_where_its_parts_begin():
+    """JupyterLab's status bar counts cells from 1."""
+    rows = re.findall(
+        r"^\| .* \| (\d+) \| (\d:\d\d) \| (\d+) \|", CELLS[0].source, re.M
+    )
+    assert len(rows) == 17
+    assert all(CELLS[int(cell) - 1].source.startswith("#") for _, _, cell in rows)
+    minutes = [int(taken) for taken, _, _ in rows]
+    assert (sum(minutes[:9]), sum(minutes[9:])) == (140, 95)
+    for before, after in (*itertools.pairwise(rows[:9]), *itertools.pairwise(rows[9:])):
+        hours, past = map(int, before[1].split(":"))
+        start = (
+            f"{hours + (past + int(before[0])) // 60}:{(past + int(before[0])) % 60:02}"
+        )
+        assert start == after[1]
+
+
 def test_lesson_of_step_5_has_24_lines():
     assert len([line for line in solution("once").splitlines() if line.strip()]) == 24
 

@@ -11,7 +11,8 @@ SCRIPT = "document.querySelector('h1').textContent = 'Open until six'"
 class Notice(web.View):
     async def get(self):
         text = self.request.query.get("text", "")
-        html = f"<h1>Notice</h1><p>{text}</p><script>{SCRIPT}</script>"
+        html = "<meta name=color-scheme content='light dark'><h1>Notice</h1>"
+        html += f"<p>{text}</p><script>{SCRIPT}</script>"
         return web.Response(text=html, content_type="text/html")
 
 
