@@ -1096,22 +1096,23 @@ async def look(room: Room) -> None:
     During an outage, take all names known so far for present, or an outage would look
     like a departure of all users.
     """
-    present = {socket.user["name"] for socket in room.sockets if socket.live}
+    now, present = time.monotonic(), {s.user["name"] for s in room.sockets if s.live}
     try:
         if room.db.shared:
             present = await exchange_names(room.db, room.process, present)
     except DATABASE_ERRORS as error:
         log.warning("Presence could not be exchanged: %s", reason(error))
         present |= room.online
-    announce(room, present)
+    announce(room, present, now)
 
 
-def announce(room: Room, present: set[str]) -> None:
+def announce(room: Room, present: set[str], now: float) -> None:
     """Broadcast `joined`, and `left` for each name that was missing for GRACE seconds.
 
-    So a reload, a move to another process and a restart show nothing.
+    So a reload, a move to another process and a restart show nothing. `now` is when the
+    look began: a slow answer tells what was true then.
     """
-    now, missing = time.monotonic(), room.online - present
+    missing = room.online - present
     room.missing = {name: room.missing.get(name, now) for name in missing}
     left = {name for name, since in room.missing.items() if now - since >= GRACE}
     for kind, names in ("joined", present - room.online), ("left", left):
