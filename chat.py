@@ -126,8 +126,8 @@ class Settings(BaseSettings):
     """
 
     # Editors on Windows may add a byte order mark (utf-8-sig). `main` warns of renamed
-    # settings in `.env` (extra). Defaults are validated, too: SECRET_KEY may be empty in
-    # memory only. Errors hide the input: a URI may hold a password.
+    # settings in `.env` (extra). Defaults are validated, too: SECRET_KEY is needed with
+    # MONGO_HOST. Errors hide the input: a URI may hold a password.
     model_config = SettingsConfigDict(
         env_file=HERE / ".env", env_file_encoding="utf-8-sig", case_sensitive=True,
         extra="allow", validate_default=True, hide_input_in_errors=True,
@@ -399,6 +399,7 @@ class MemoryDatabase(Database):
 async def open_database(settings: Settings) -> Database:
     """Connect. Raises CannotStart, after DEADLINE at most, or while indexes build."""
     uri, client = settings.MONGO_HOST, None
+    hidden, _, host = uri.rpartition("@")
     if not uri:
         say("MONGO_HOST is not set: accounts and messages live in memory only.")
         db = MemoryDatabase(AsyncMongoMockClient(tz_aware=True)[settings.MONGO_DB_NAME])
@@ -413,11 +414,12 @@ async def open_database(settings: Settings) -> Database:
             return db
         problem = STANDALONE % client.address
     except (*DATABASE_ERRORS, ValueError, OSError) as error:
-        problem = f"cannot be used: {reason(error)}"
+        # In a malformed URI, the driver may take a part of the password for a host.
+        secret = "|".join(re.findall(r"\w+", hidden.removeprefix("mongodb"))) or "(?!)"
+        problem = "cannot be used: " + re.sub(rf"\b({secret})\b", "***", reason(error))
     if client:
         client.close()
-    host = uri.rpartition("@")[2].partition("?")[0]  # without the password
-    raise CannotStart(f"MONGO_HOST {host!r} {problem}")
+    raise CannotStart(f"MONGO_HOST {host.partition('?')[0]!r} {problem}")
 
 
 # --- Users and presence ---
@@ -485,9 +487,8 @@ CLIENT_OPTIONS = {
 
 
 def reason(error: BaseException) -> str:
-    """Return the driver's own words, up to the details, without what a URI hides."""
-    words = re.split(r", | \(configured", str(error))[0]
-    return re.sub(r"\S*@", "", words) or type(error).__name__
+    """Return the driver's own words, up to the details: a key may be an email."""
+    return re.split(r", | \(configured| dup key", str(error))[0] or type(error).__name__
 
 
 async def create_unique_index(collection, *fields: str) -> None:
