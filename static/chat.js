@@ -2,41 +2,40 @@
 // and what you type is sent once and in order. This file has what you do and what the
 // server tells, in the order of a message's life. connection.js delivers, log.js shows.
 
-import { Connection, Outbox, keep, recall } from "./connection.js";
+import { Connection, Outbox, isOver, keep, limit, recall } from "./connection.js";
 import * as log from "./log.js";
 
-const { find, room } = log;
-const { user } = room.dataset;
+const { find, user } = log;
 const box = find("text");
-const maxLength = Number(box.dataset.maxLength);
-const seconds = (name) => Number(room.dataset[name]); // tests shorten the intervals
-const tabs = new BroadcastChannel("chat"); // the other tabs of this browser
+// The other tabs of this browser. Without a channel, they find out from the server.
+const tabs = window.BroadcastChannel && new BroadcastChannel("chat");
+const touch = matchMedia("(pointer: coarse)").matches; // the keyboard has no Shift+Enter
 
 const outbox = new Outbox(user);
-const connection = new Connection(seconds, { lastId: () => lastId, handle, lost, explain, signIn });
+const explain = (sentence) => tell("reason", sentence);
+const connection = new Connection({ lastId: () => lastId, handle, lost, explain, signIn });
 
 let lastId = Number(find("messages").lastElementChild?.dataset.id ?? 0);
 let inFlight = null; // the nonce that waits for its receipt, one at a time
 let retry = 0; // the timer that sends it again
 let disagreements = 0; // in a row, about which message is the newest
 let stale = false; // whether only a reload can make the page whole
-let leaving = false;
-let leaveTimer = 0;
+let leftAt = 0; // when the page began to leave
 
 // --- You write: into the box, the outbox and the log, in grey ---
-function submit() {
+function submit(event) {
+  event.preventDefault();
   const text = box.value;
-  const length = [...text].length; // characters, as the server counts them
+  const { length } = [...text]; // characters, as the server counts them
   box.focus();
-  if (!text.trim()) return;
-  if (length > maxLength) {
-    tell("problem", `A message has at most ${maxLength} characters; this one has ${length}.`);
-    return;
-  }
+  const { maxLength } = box.dataset;
+  const tooLong = `A message has at most ${maxLength} characters; this one has ${length}.`;
+  if (length > maxLength) return tell("problem", tooLong);
+  if (!text.trim()) return null;
   box.value = "";
   tell("problem", "");
   log.showPending(outbox.add(text));
-  sendNext();
+  return sendNext();
 }
 
 // Send one at a time: a message that has to be repeated must not be overtaken.
@@ -59,34 +58,20 @@ function handle(event) {
     case "receipt": return handleReceipt(event);
     case "message": return handleMessage(event);
     case "error": return handleError(event);
-    case "joined": return handlePerson(event, log.enter);
-    case "left": return handlePerson(event, log.leave);
+    case "joined": case "left": return log.show(event, connection.live);
     case "heartbeat": return compare(event.last);
     default: throw new Error(`unknown event ${event.type}`);
   }
 }
 
 function handleWelcome(event) {
-  log.flush();
   if (event.user !== user) return becomeOther(event.user);
-  clearTimeout(leaveTimer); // you have signed in again
-  leaveTimer = 0;
+  log.flush();
   log.showOnline(event.online);
   showStatus("online");
   explain("");
   compare(event.last);
   return sendNext();
-}
-
-// Before `welcome` only collect: all that was missed is shown in one layout.
-function show(event) {
-  log.show(event);
-  if (connection.live) log.flushSoon();
-}
-
-function handlePerson(event, move) {
-  move(event.user);
-  show(event);
 }
 
 // The message is stored, so the next one may go. Its item waits for the broadcast. If the
@@ -101,13 +86,13 @@ function handleReceipt({ nonce, id }) {
 
 function handleMessage(event) {
   if (event.id <= lastId) { // repeated by a process that is behind, or changed
-    if (!log.update(event)) leaveSoon();
+    if (!log.update(event)) reloadSoon();
     return;
   }
-  if (event.id > lastId + 1) leaveSoon(); // more was missed than the server replays
+  if (event.id > lastId + 1) reloadSoon(); // more was missed than the server replays
   lastId = event.id;
   if (event.user === user && outbox.remove(event.nonce)) explain("");
-  show(event);
+  log.show(event, connection.live);
 }
 
 // An error without a nonce is about the message in flight: the page sent nothing else.
@@ -134,7 +119,7 @@ function refuse(nonce) {
 // Act on the third disagreement in a row: a process may be behind for a while.
 function compare(last) {
   disagreements = last === lastId ? 0 : disagreements + 1;
-  if (stale || disagreements > 2) leaveSoon();
+  if (stale || disagreements > 2) reloadSoon();
 }
 
 // --- The connection is lost, and the page says so ---
@@ -146,7 +131,6 @@ function lost(code, wasLive) {
     tell("problem", "The message is too long.");
     refuse(nonce);
   }
-  log.flush();
   log.showOnline([]);
   showStatus(wasLive ? "connecting" : "offline");
 }
@@ -156,110 +140,97 @@ function showStatus(text) {
   find("status").dataset.status = text;
 }
 
-function explain(sentence) {
-  tell("reason", sentence);
-}
-
 function tell(id, text) { // a screen reader speaks every change, so avoid empty ones
   if (find(id).textContent !== text) find(id).textContent = text;
 }
 
 // --- Who you are: the tabs of a browser share one session ---
-function signIn(go = leaveSoon) {
-  stop("Your session has ended. Reload the page to sign in at once.");
-  go("/login?why=ended");
+function signIn() {
+  explain("Your session has ended. Reload the page to sign in at once.");
+  leave("/login?why=ended");
 }
 
 // Don't send what one user typed under the name of another: it waits in its own outbox.
 function becomeOther(name) {
-  stop(`This browser is now signed in as ${name}. Reload the page to go on.`);
-  leaveSoon("/");
+  connection.lose();
+  explain(`This browser is now signed in as ${name}. Reload the page to go on.`);
+  leave("/");
 }
 
-function stop(sentence) {
-  connection.drop();
-  lost();
-  explain(sentence);
-}
-
+// Only the chat's own sign-in page shows that you are signed out: a proxy answers, too.
 async function signOut(event) {
   event.preventDefault();
-  const signal = AbortSignal.timeout(1000 * seconds("answer"));
-  const options = { method: "POST", redirect: "manual", signal };
+  leftAt = Date.now(); // the server ends this tab's socket, too: that is no surprise
+  const options = { method: "POST", signal: AbortSignal.timeout(limit("answer")) };
   const answer = await fetch(event.target.action, options).catch(() => null);
-  if (answer?.type !== "opaqueredirect") {
+  if (!answer?.ok || new URL(answer.url).pathname !== "/login") {
+    leftAt = 0;
     return explain("Signing out did not work. You are still signed in.");
   }
-  tabs.postMessage(""); // not earlier: the sign-in page sends users with a session back
-  stop("You have signed out. Reload the page to sign in.");
-  return leave("/login");
+  tabs?.postMessage("");
+  return go("/login");
 }
 
-// --- Leaving: at most once a minute by itself, whatever the server says ---
-function leaveSoon(address) {
-  stale ||= !address;
-  if (leaving || (leaveTimer && !address)) return;
-  clearTimeout(leaveTimer);
-  const pause = 1000 * seconds("reload");
+// --- Leaving by itself: at most once a minute, whatever the server says ---
+// A page that may not leave yet asks again at the next heartbeat or failed connection.
+function leave(address) {
   // Without storage the page cannot remember, so it waits until it is a minute old.
   const last = keep("left", recall("left") ?? 0) ? recall("left") : performance.timeOrigin;
-  const wait = Math.min(pause, Math.max(0, last + pause - Date.now()));
-  leaveTimer = setTimeout(() => {
-    leaveTimer = 0;
-    if (!address && !connection.live) return; // to reload needs a server: the next welcome
-    if (wouldLose()) return;
-    keep("left", Date.now());
-    leave(address);
-  }, wait);
+  if (isLeaving() || !isOver("reload", last) || wouldLose()) return;
+  keep("left", Date.now());
+  go(address);
+}
+
+// To reload needs a server: otherwise the browser's error page would replace the chat.
+function reloadSoon() {
+  stale = true;
+  if (connection.live) leave();
 }
 
 // The storage goes with the tab; without storage, what is unsent goes with the page.
 const wouldLose = () => !outbox.kept && (outbox.pending.length || box.value);
 
 // Stay connected until the next page comes: you may stop the loading, or it may fail.
-function leave(address) {
-  leaving = true;
-  if (address) location.assign(address);
-  else location.reload();
-  setTimeout(() => { leaving = false; }, 1000 * seconds("answer"));
+function go(address = location.href) {
+  leftAt = Date.now();
+  location.assign(address);
 }
 
+const isLeaving = () => !isOver("answer", leftAt);
+
 // --- Wiring ---
-find("send").addEventListener("submit", (event) => {
-  event.preventDefault();
-  submit();
-});
+find("send").addEventListener("submit", submit);
 box.addEventListener("keydown", (event) => {
   // Safari ends a composition before its Enter arrives; keyCode 229 gives that one away.
   const composing = event.isComposing || event.keyCode === 229;
-  if (event.key !== "Enter" || event.shiftKey || composing) return;
-  event.preventDefault();
-  submit();
+  const newLine = event.shiftKey || (touch && !event.ctrlKey);
+  if (event.key === "Enter" && !newLine && !composing) submit(event);
 });
 box.addEventListener("input", () => {
   tell("problem", "");
   outbox.keep(box.value);
 });
 find("signout").addEventListener("submit", signOut);
-tabs.addEventListener("message", ({ data: name }) => {
-  if (!name) signIn(leave);
+tabs?.addEventListener("message", ({ data: name }) => { // whose session the browser has now
+  if (!name) go("/login?why=ended");
   else if (name !== user) becomeOther(name);
-  else if (!connection.socket) connection.connect(); // you have signed in again
+  else connection.wake(); // you have signed in again
 });
 window.addEventListener("online", () => connection.wake());
 document.addEventListener("visibilitychange", () => document.hidden || connection.wake());
 window.addEventListener("pageshow", (event) => {
-  if (event.persisted) leave(); // from the back-forward cache: signed out?
+  if (event.persisted) go(); // from the back-forward cache: signed out?
 });
 window.addEventListener("beforeunload", (event) => {
-  if (wouldLose() || (outbox.pending.length && !leaving)) event.preventDefault();
+  if (wouldLose() || (outbox.pending.length && !isLeaving())) event.preventDefault();
 });
 
 for (const item of document.querySelectorAll("#messages .own")) outbox.remove(item.dataset.nonce);
-log.start();
 outbox.pending.forEach(log.showPending);
 box.value = outbox.draft || box.value;
+if (touch) find("keys").remove();
 find("send").inert = false;
+find("late").remove();
 if (window.self === window.top) box.focus(); // in a frame: the notebook keeps its keyboard
-tabs.postMessage(user);
+tabs?.postMessage(user);
 connection.connect();

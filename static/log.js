@@ -1,30 +1,29 @@
 // What you see: messages, notices, and who is online. Text is always `textContent`, never
-// markup. Events wait for the next frame: all that arrives together costs one layout.
+// markup. The log grows from its end (`column-reverse` in chat.css): so the browser itself
+// follows the newest message, and keeps your place when older ones are put in above.
+
+import { limit } from "./connection.js";
 
 export const find = (id) => document.getElementById(id);
-export const room = document.querySelector(".room");
-const { user } = room.dataset; // from an attribute: a translator may rewrite text
+export const { user } = document.querySelector(".room").dataset; // from an attribute: a translator may rewrite text
 const log = find("log");
 const messages = find("messages");
 const older = find("older");
 
 const SHOWN = 300; // newest lines in the list; "Older messages" brings the others
-const TALL = 20; // lines of a message; a taller one is folded
-const LONG = /[^]{300}|(.*\n){20}/; // a text that may be that tall, on a phone
+const TALL = /(.*\n){20}|[^]{2000}/; // a text that is folded
+const GROUP = 5 * 60 * 1000; // longest pause within a group of messages, in milliseconds
 
-let queue = []; // events that wait for the next frame
-let frame = 0;
-let timer = 0;
+let queue = []; // events that are not in the list: before `welcome`, and far below your place
+let incomplete = false; // the queue has dropped its first events, so the list has a gap
 let following = true; // whether the newest message is in sight
-let height = 0; // of the log, at its last resize
-let unseen = 0; // messages below the part in sight
-let unread = 0; // messages that came while the page was hidden
-let lastDay = ""; // of the newest message
-let today = ""; // when the times were told
-let busyTimer = 0; // until screen readers speak again
+let place = {}; // above the end: the first line in sight, and how far it is from the top
+let height = 0; // of the list, when it was last laid out
+let unseen = 0; // messages that came while the page or its end was out of sight
+let zone; // the time zone of all times that are shown
 let loading = false; // older messages, one request at a time
 const changed = []; // messages that an operator changed meanwhile
-const pending = new Map(); // your items without a number, by nonce; they stand last
+const pending = messages.getElementsByClassName("pending"); // yours without a number, at the end
 
 // --- From an event to an item ---
 function make(name, text = "", properties = {}) {
@@ -37,244 +36,234 @@ function makeMessage({ user: author, text, time, nonce }) {
   item.append(make("strong", author, { translate: false }), " ");
   item.append(make("time", "", { dateTime: time }), make("p"));
   setText(item, text);
-  tellTime(item);
+  showTime(item);
   return item;
 }
 
 function setText(item, text) {
   const p = item.querySelector("p");
   const shown = text || "This message was removed.";
-  if (p.textContent === shown) return;
-  p.replaceChildren(...link(shown));
   item.classList.toggle("removed", !text);
-  unfold(item);
+  if (p.textContent !== shown) dress(item, shown);
 }
 
-// Web addresses become links. chat.py has the same expression, for pages without script.
-const ENDS = String.raw`()\s\x00-\x20\x7f-\xa0\u2000-\u206f\u3000-\u303f\ufeff\uff01-\uff0f<>\x22\x60`;
-const LINK = new RegExp(
-  String.raw`[Hh]ttps?://(?:[^${ENDS}]|\([^${ENDS}]*\))+(?<![.,:;!?'*_~|\]»])`, "gu");
-
-function* link(text) {
-  let end = 0;
-  for (const { 0: address, index } of text.matchAll(LINK)) {
-    yield text.slice(end, index);
-    const rel = "noopener noreferrer nofollow";
-    yield make("a", address, { href: address, target: "_blank", rel });
-    end = index + address.length;
+// Items of the page itself come here as plain text, too: so all look the same.
+function dress(item, text = item.querySelector("p").textContent) {
+  const p = item.querySelector("p");
+  p.replaceChildren(...split(text));
+  if (!TALL.test(text)) p.closest("details")?.replaceWith(p);
+  else if (!p.closest("details")) {
+    const details = make("details");
+    p.replaceWith(details);
+    details.append(make("summary", "Whole text"), p);
   }
-  yield text.slice(end);
 }
 
+// Characters that end a web address: brackets, quotes, spaces, controls, typographic and
+// East Asian punctuation. Brackets may enclose a part. No two branches match the same
+// character, so no text can make the expression backtrack exponentially.
+const ENDS = String.raw`()\s\x00-\x20\x7f-\xa0\u2000-\u206f\u3000-\u303f\ufeff\uff01-\uff0f<>"\x60`;
+const LINK = String.raw`[Hh]ttps?://(?:[^${ENDS}]|\([^${ENDS}]*\))+(?<![.,:;!?'*_~|\]»])`;
+const CODE = String.raw`^\x60{3}.*\n[^]*?^\x60{3}$\n?|^(?: {4}|\t).*(?:\n(?: {4}|\t).*)*\n?`;
+const WORD = String.raw`[\p{L}\p{M}\p{N}_\-]`;
+const NAME = `(?<!${WORD})@?${user.replaceAll("-", String.raw`\x2d`)}(?!${WORD})`;
+const PARTS = new RegExp(`(${CODE})|(${LINK})|(${NAME})`, "gimu");
+const rel = "noopener noreferrer nofollow";
+const MAKERS = [
+  (text) => text, // between the parts
+  (code) => make("code", code, { translate: false }),
+  (href) => make("a", href, { href, rel, target: "_blank", dir: "ltr" }),
+  (name) => make("mark", name, { translate: false }),
+];
+const split = (text) => text.split(PARTS).map((part, n) => (part ? MAKERS[n % 4](part) : ""));
+
+// --- Times: a line with the day stands above the clock times of its messages ---
 const timeOf = (item) => new Date(item.querySelector("time").dateTime);
-const clock = new Intl.DateTimeFormat([], { timeStyle: "short" });
-const fullDay = new Intl.DateTimeFormat([], { dateStyle: "full" });
-const dayAndClock = new Intl.DateTimeFormat([], {
-  month: "short", day: "numeric", hour: "numeric", minute: "numeric",
-});
+const dayOf = (item) => timeOf(item).toDateString();
+const authorOf = (item) => item.querySelector("strong").textContent;
 
-function tellTime(item) {
-  const time = timeOf(item);
-  const isToday = time.toDateString() === new Date().toDateString();
-  const text = (isToday ? clock : dayAndClock).format(time);
+function showTime(item) {
   const element = item.querySelector("time");
-  if (element.textContent === text) return;
-  element.textContent = text;
-  element.title = time.toLocaleString();
+  const clock = timeOf(item).toLocaleTimeString([], { timeStyle: "short" });
+  if (element.textContent !== clock) element.textContent = clock; // or it would be spoken again
+  element.title = timeOf(item).toLocaleString([], { dateStyle: "full", timeStyle: "medium" });
 }
 
-// Tell yesterday's times again when the date changes: "14:01" would be wrong then.
-function tellTimes() {
-  if (today === new Date().toDateString()) return;
-  today = new Date().toDateString();
-  quietly(() => {
-    messages.querySelectorAll("[data-nonce]").forEach(tellTime);
-    headDays();
-  });
+// Put a message below the line of its day, and into the group of its author, who is named
+// once. Call it also when something else stands above the message now.
+function arrange(item) {
+  if (!item?.dataset.nonce) return;
+  if (item.previousElementSibling?.matches(".day")) item.previousElementSibling.remove();
+  const above = item.previousElementSibling;
+  let before = above; // the message before this one
+  while (before && !before.dataset.nonce) before = before.previousElementSibling;
+  const isSameDay = Boolean(before) && dayOf(before) === dayOf(item);
+  const isNear = isSameDay && before === above && timeOf(item) - timeOf(before) < GROUP;
+  item.classList.toggle("same", isNear && authorOf(before) === authorOf(item));
+  if (isSameDay || !item.dataset.id) return;
+  const day = timeOf(item).toLocaleDateString([], { dateStyle: "full" });
+  item.before(make("li", day, { className: "day", ariaLive: "off" }));
 }
 
-// A line with the day stands above the first message of each day.
-function headDay(item) {
-  const time = timeOf(item);
-  if (time.toDateString() === lastDay) return;
-  lastDay = time.toDateString();
-  const line = make("li", fullDay.format(time), { className: "day", ariaLive: "off" });
-  messages.insertBefore(line, item);
+function present(item) {
+  dress(item);
+  showTime(item);
+  arrange(item);
 }
 
-function headDays() {
-  messages.querySelectorAll(".day").forEach((line) => line.remove());
-  lastDay = "";
-  messages.querySelectorAll("[data-id]").forEach(headDay);
+// Present all again when you have travelled: two zones in one list would be a lie.
+function checkZone() {
+  const now = new Date().getTimezoneOffset();
+  if (now !== zone) quietly(() => messages.querySelectorAll("[data-nonce]").forEach(present));
+  zone = now;
 }
 
 // Screen readers don't speak a busy region. End with a timer: a hidden page has no frames.
 function quietly(change) {
   log.ariaBusy = "true";
   change();
-  clearTimeout(busyTimer);
-  busyTimer = setTimeout(() => { log.ariaBusy = "false"; }, 100);
+  setTimeout(() => { log.ariaBusy = "false"; }, 100);
 }
 
-// --- Adding to the end, once per frame ---
-export function show(event) {
-  queue.push(event);
-  if (document.hidden && isNews(event)) showUnread(unread + 1);
-}
-
-export function flushSoon() {
-  if (timer || !queue.length) return;
-  frame = requestAnimationFrame(flush);
-  timer = setTimeout(flush, 200); // a hidden page gets no frames
-}
-
-export function flush() {
-  if (!queue.length) return;
-  cancelAnimationFrame(frame);
-  clearTimeout(timer);
-  timer = 0;
-  const events = queue;
-  queue = [];
-  const items = events.map((event) => (event.type === "message" ? append(event) : note(event)));
-  new Set(items).forEach((item) => item.people && tellPeople(item));
-  if (document.hidden && unseen > SHOWN) following = true; // or a night away fills the page
-  trim();
-  fold(items);
-  if (following) scrollToEnd();
-  else showUnseen(unseen + events.filter(isNews).length);
-}
-
-const firstPending = () => pending.values().next().value ?? null;
+// --- Adding to the end ---
 const isNews = ({ type, user: author, text }) => type === "message" && author !== user && text;
+const findPending = (nonce) => [...pending].find((item) => item.dataset.nonce === nonce);
+
+// Before `welcome` only collect: all that was missed is shown in one layout. The queue has
+// a bound, too: of a long absence, keep the newest.
+export function show(event, live) {
+  if (event.type !== "message") move(event);
+  if (isNews(event) && (document.hidden || !following)) showUnseen(unseen + 1);
+  queue.push(event);
+  incomplete ||= queue.length > 2 * SHOWN;
+  queue = queue.slice(-2 * SHOWN);
+  if (live) flush();
+}
+
+// While you read far above, a further message costs no more than its count.
+export function flush() {
+  if (!following && (incomplete || messages.children.length > 2 * SHOWN)) return;
+  if (incomplete) messages.replaceChildren(...pending);
+  incomplete = false;
+  checkZone();
+  const events = queue.splice(0);
+  const add = () => events.forEach((event) => (event.type === "message" ? append : note)(event));
+  if (events.length > 3) quietly(add); // after a pause: too many to be spoken
+  else add();
+  trim();
+}
 
 // Your own message becomes the item that waited for it. Usually only attributes change, so
 // a screen reader speaks it once.
 function append(event) {
-  let item = event.user === user && pending.get(event.nonce);
+  let item = event.user === user && findPending(event.nonce);
   if (item) {
-    pending.delete(event.nonce);
     item.classList.remove("pending");
     item.querySelector("time").dateTime = event.time;
-    tellTime(item);
+    showTime(item);
     setText(item, event.text); // the server may have changed it
   } else {
     item = makeMessage(event);
-    messages.insertBefore(item, firstPending());
+    messages.insertBefore(item, pending[0]);
   }
   item.dataset.id = event.id;
-  headDay(item);
-  return item;
+  arrange(item);
+  arrange(pending[0]);
 }
 
-// Joins and leaves that follow each other share one line.
+// Joins and leaves that follow each other share one line. Each name is an element of its
+// own: a right-to-left one must not move the words around it.
 function note({ type, user: name }) {
-  const next = firstPending();
-  let line = next ? next.previousElementSibling : messages.lastElementChild;
+  let line = pending[0] ? pending[0].previousElementSibling : messages.lastElementChild;
   if (!line?.people) {
     line = make("li", "", { className: "notice", translate: false });
     Object.assign(line, { ariaLive: "off", people: new Map() }); // not spoken
-    messages.insertBefore(line, next);
+    messages.insertBefore(line, pending[0]);
+    arrange(pending[0]);
   }
   line.people.delete(name); // each person's latest counts, and stands last
   line.people.set(name, type);
-  return line;
+  const told = [...line.people].slice(-4);
+  const others = line.people.size - told.length;
+  const parts = told.flatMap(([person, what]) => [" · ", make("bdi", person), ` ${what}`]);
+  line.replaceChildren(...(others ? [`${others} others came or left`, ...parts] : parts.slice(1)));
 }
 
-function tellPeople(line) {
-  const parts = [];
-  for (const type of ["joined", "left"]) {
-    let names = [...line.people.keys()].filter((name) => line.people.get(name) === type);
-    if (names.length > 4) names = [...names.slice(0, 3), `${names.length - 3} others`];
-    if (names.length) parts.push(`${names.join(", ")} ${type}`);
-  }
-  line.textContent = parts.join(" · ");
-}
-
-// Trim in steps: removing lines at the top moves all the others. The first line tells the
-// day, so remove what stands below it.
+// Trim in steps: removing lines at the top moves all the others.
 function trim() {
-  if (!following || loading) return; // the answer ends just above the first item
-  let surplus = messages.children.length - pending.size - SHOWN;
-  if (surplus < SHOWN / 6) return;
-  for (; surplus > 0; surplus--) {
-    const [top, next] = messages.children;
-    (top.matches(".day") && !next.matches(".day") ? next : top).remove();
-  }
+  const surplus = messages.children.length - pending.length - SHOWN;
+  if (!following || loading || surplus < SHOWN / 6) return; // loading: it ends at the first item
+  [...messages.children].slice(0, surplus).forEach((line) => line.remove());
+  arrange(messages.querySelector("[data-id]"));
   offerOlder();
-}
-
-// Measure only what may be tall: to read a height, the browser has to lay out the page.
-function fold(items) {
-  const long = items.filter((item) =>
-    !item.unfolded && LONG.test(item.querySelector("p")?.textContent ?? ""));
-  const tall = long.filter(({ lastElementChild: p }) =>
-    p.scrollHeight > (TALL + 0.5) * parseFloat(getComputedStyle(p).lineHeight));
-  for (const item of tall) {
-    const button = make("button", "Show all", { type: "button", className: "quiet" });
-    button.onclick = () => {
-      item.unfolded = true;
-      unfold(item);
-      lookAtEnd();
-      log.focus(); // or the focus would be lost with the button
-    };
-    item.classList.add("folded");
-    item.append(button);
-  }
-}
-
-function unfold(item) {
-  item.classList.remove("folded");
-  item.querySelector("button")?.remove();
 }
 
 // --- What you sent, until it has its number ---
 export function showPending({ nonce, text }) {
-  flush(); // what came before it stands above it
+  showEnd(); // what came before it stands above it
   const item = makeMessage({ user, text, time: new Date().toISOString(), nonce });
   item.classList.add("pending");
-  pending.set(nonce, item);
   messages.append(item);
-  fold([item]);
-  scrollToEnd();
+  arrange(item);
 }
 
-export function forget(nonce) {
-  flush(); // its message may be waiting for the frame
-  pending.get(nonce)?.remove();
-  pending.delete(nonce);
-}
+export const forget = (nonce) => findPending(nonce)?.remove();
 
 // --- A number that is known: an operator may have changed the text ---
 // Return false if it is another message: then the database was replaced.
 export function update({ id, nonce, text }) {
-  flush();
   if (loading) changed.push({ id, nonce, text }); // its item may be on its way
+  const event = queue.find((other) => other.id === id);
+  if (event) event.text = text;
   const item = messages.querySelector(`[data-id="${id}"]`);
   if (item && item.dataset.nonce !== nonce) return false;
   if (item) setText(item, text);
   return true;
 }
 
-// --- The end of the list: following it, and what is new below ---
-function lookAtEnd() { // within 5 pixels: browsers round
-  following = log.scrollHeight - log.scrollTop - log.clientHeight < 5;
-  if (following) showUnseen(0);
+// --- Your place in the log: at its end, or where you read above ---
+const topOf = (element) => element.getBoundingClientRect().top;
+const heightOf = (element) => element.getBoundingClientRect().height;
+
+const hold = (line) => { place = { line, top: line && topOf(line) - topOf(log) }; };
+
+// A scroll event may come after a message, and before the layout is settled: then `grown`
+// says how far the message has moved the lines already.
+function remember() {
+  following = log.scrollTop > -5; // within 5 pixels: browsers round
+  if (following) return showEnd();
+  const grown = heightOf(messages) - height;
+  const top = topOf(log) - grown;
+  const lines = [...messages.querySelectorAll(":scope > :not(.day)")];
+  hold(lines.find((line) => topOf(line) + heightOf(line) > top));
+  place.top += grown;
 }
 
-export function scrollToEnd() {
+// The browser calls this when a height has changed, before it paints.
+function settle() {
+  height = heightOf(messages);
+  const moved = place.line?.isConnected ? topOf(place.line) - topOf(log) - place.top : 0;
+  if (!following) log.scrollTop += moved;
+}
+
+export function showEnd() {
   following = true;
-  log.scrollTop = log.scrollHeight;
+  flush();
+  log.scrollTop = 0;
   showUnseen(0);
+}
+
+// What you unfold stays where it is, and grows downwards.
+function holdFolded({ target }) {
+  if (!target.matches("summary")) return;
+  following = false;
+  hold(target.closest("li"));
 }
 
 function showUnseen(count) {
   unseen = count;
   find("new").hidden = !count;
   find("new").textContent = count === 1 ? "1 new message" : `${count} new messages`;
-}
-
-function showUnread(count) {
-  unread = count;
   document.title = count ? `(${count}) Chat` : "Chat";
 }
 
@@ -293,106 +282,68 @@ async function showOlder(click) {
   loading = true;
   older.textContent = "Loading …";
   offerOlder();
-  await loadOlder().catch(() => {
-    find("older-note").textContent = "The older messages could not be loaded. Try again in a moment.";
-  });
+  const items = await loadOlder().catch(() => null);
+  const focused = document.activeElement === older;
+  if (items?.length) quietly(() => prepend(items));
+  if (items?.length === 0) older.parentElement.hidden = true;
+  if (!items?.length) find("older-note").textContent = items ? GONE : FAILED;
+  if (focused && older.parentElement.hidden) log.focus(); // it would be lost with the link
   loading = false;
   older.textContent = "Older messages";
   changed.splice(0).forEach(update);
 }
 
+const GONE = "Older messages are not kept.";
+const FAILED = "The older messages could not be loaded. Try again in a moment.";
+
+// Believe the chat's own page only: a proxy may answer in its place.
 async function loadOlder() {
-  const signal = AbortSignal.timeout(1000 * room.dataset.answer);
-  const answer = await fetch(older.href, { redirect: "manual", signal });
-  if (answer.type === "opaqueredirect") return location.assign(older.href); // signed out
-  if (!answer.ok) throw new Error(`status ${answer.status}`);
+  const answer = await fetch(older.href, { signal: AbortSignal.timeout(limit("answer")) });
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-  const items = [...page.querySelectorAll("[data-id]")];
-  const focused = document.activeElement === older;
-  if (items.length) quietly(() => prepend(items));
-  else endOlder();
-  if (older.parentElement.hidden && focused) log.focus(); // it would be lost with the link
+  if (page.querySelector(".room").dataset.user !== user) throw new Error("another user's page");
+  return page.querySelectorAll("[data-id]");
 }
 
-function endOlder() {
-  older.parentElement.hidden = true;
-  find("older-note").textContent = "Older messages are not kept.";
-}
-
-// Keep what you read where it is: the list grows above it.
 function prepend(items) {
-  const anchor = messages.querySelector("[data-id]");
-  const before = anchor.getBoundingClientRect().top;
+  const former = messages.querySelector("[data-id]");
   messages.prepend(...items);
-  items.forEach(tellTime);
-  headDays();
-  fold(items);
+  items.forEach(present);
+  arrange(former);
   offerOlder();
-  log.scrollTop += anchor.getBoundingClientRect().top - before;
-  lookAtEnd();
+  height = heightOf(messages);
 }
 
 // --- Who is online: one name in or out moves one item ---
-const GROUP = 50; // names in one list: the browser lays out only the list that changes
 const { compare } = new Intl.Collator("en");
 const online = find("online");
-const people = online.getElementsByTagName("li"); // live, in the order of `names`
-let names = [];
+const makeName = (name) => make("li", name, { translate: false, dir: "auto" });
 
-export function showOnline(everybody) {
-  names = [...everybody].sort(compare);
-  online.replaceChildren();
-  for (let start = 0; start < names.length; start += GROUP) {
-    const list = online.appendChild(make("ul"));
-    list.append(...names.slice(start, start + GROUP).map(makeName));
-  }
-  showCount();
-}
-
-export function enter(name) {
-  if (names.includes(name)) return;
-  const index = names.findIndex((other) => compare(other, name) > 0);
-  if (index < 0) (online.lastElementChild ?? online.appendChild(make("ul"))).append(makeName(name));
-  else people[index].before(makeName(name));
-  names.splice(index < 0 ? names.length : index, 0, name);
-  showCount();
-}
-
-export function leave(name) {
-  const index = names.indexOf(name);
-  if (index < 0) return;
-  people[index].remove();
-  names.splice(index, 1);
-  showCount();
-}
-
-function showCount() {
+export function showOnline(names) {
+  online.replaceChildren(...[...names].sort(compare).map(makeName));
   find("count").textContent = names.length || "";
 }
 
-const makeName = (name) => make("li", name, { translate: false });
+function move({ type, user: name }) {
+  const next = [...online.children].find((item) => compare(item.textContent, name) >= 0);
+  const isThere = next?.textContent === name;
+  if (type === "left" && isThere) next.remove();
+  if (type === "joined" && !isThere) online.insertBefore(makeName(name), next);
+  find("count").textContent = online.children.length;
+}
 
 // --- Wiring ---
-export function start() {
-  older.addEventListener("click", showOlder);
-  find("new").addEventListener("click", () => {
-    scrollToEnd();
-    find("text").focus(); // the button is gone, so the focus would be lost
-  });
-  // A phone's keyboard: the scroll event comes first, and measures a log without its end.
-  log.addEventListener("scroll", () => height === log.clientHeight && lookAtEnd());
-  new ResizeObserver(() => {
-    height = log.clientHeight;
-    if (following) scrollToEnd();
-    else lookAtEnd();
-  }).observe(log);
-  document.addEventListener("visibilitychange", () => {
-    flush();
-    tellTimes();
-    if (!document.hidden) showUnread(0);
-  });
-  setInterval(tellTimes, 1000);
-  tellTimes();
-  fold([...messages.children]);
-  scrollToEnd();
-}
+older.addEventListener("click", showOlder);
+messages.addEventListener("click", holdFolded);
+find("new").addEventListener("click", () => {
+  showEnd();
+  find("text").focus(); // the button is gone, so the focus would be lost
+});
+log.addEventListener("scroll", remember);
+const heights = new ResizeObserver(settle);
+heights.observe(log);
+heights.observe(messages);
+document.addEventListener("visibilitychange", () => {
+  checkZone();
+  if (!document.hidden && following) showUnseen(0);
+});
+checkZone();
