@@ -1096,25 +1096,25 @@ async def look(room: Room) -> None:
     During an outage, take all names known so far for present, or an outage would look
     like a departure of all users.
     """
-    now, present = time.monotonic(), {s.user["name"] for s in room.sockets if s.live}
+    began, present = time.monotonic(), {s.user["name"] for s in room.sockets if s.live}
     try:
         if room.db.shared:
             present = await exchange_names(room.db, room.process, present)
     except DATABASE_ERRORS as error:
         log.warning("Presence could not be exchanged: %s", reason(error))
         present |= room.online
-    announce(room, present, now)
+    announce(room, present, began)
 
 
-def announce(room: Room, present: set[str], now: float) -> None:
+def announce(room: Room, present: set[str], began: float) -> None:
     """Broadcast `joined`, and `left` for each name that was missing for GRACE seconds.
 
-    So a reload, a move to another process and a restart show nothing. `now` is when the
-    look began: a slow answer tells what was true then.
+    So a reload, a move to another process and a restart show nothing. Answers may be
+    slow: count from the end of the first look that missed a name to the start of this.
     """
-    missing = room.online - present
+    now, missing = time.monotonic(), room.online - present
     room.missing = {name: room.missing.get(name, now) for name in missing}
-    left = {name for name, since in room.missing.items() if now - since >= GRACE}
+    left = {name for name, since in room.missing.items() if began - since >= GRACE}
     for kind, names in ("joined", present - room.online), ("left", left):
         for name in sorted(names):
             broadcast(room, {"type": kind, "user": name})
