@@ -1251,12 +1251,12 @@ async def run_room(app: web.Application):
                 await room.caught_up.wait()
             await look(room)  # who is online, before the first request
             yield
-        for task in tasks[1:]:
-            task.cancel()
         with suppress(*DATABASE_ERRORS):  # the entry expires by itself
             await db.mongo.processes.delete_one({"_id": room.process})
-        db.mongo.client.close()  # or during an outage, `follow` ends after 25 seconds
-        tasks[0].cancel()
+        with pymongo.timeout(2):  # close first, or during an outage `follow` ends late
+            db.mongo.client.close()
+        for task in tasks:
+            task.cancel()
     if not room.caught_up.is_set():
         raise CannotStart("MONGO_HOST: the stream of changes did not open in time")
 
