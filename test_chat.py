@@ -760,7 +760,6 @@ WRONG_FIELDS = [
     (passwords("x" * 129), "password", "8 to 128"),
     ({"password2": "something else"}, "password2", "not the same"),
     ({"email": "nobody"}, "email", "email address"),
-    ({"email": "a@b@c"}, "email", "email address"),
     ({"email": "a\0@b.c"}, "email", "email address"),
     ({"login": "ANN"} | passwords("another horse"), "login", "has this already"),
     ({"email": "ANN@example.org"}, "email", "has this already"),
@@ -1106,8 +1105,7 @@ async def test_lost_receipt_is_resent_and_stored_once(server):
 async def test_message_that_is_not_stored_is_never_shown(own_mongodb, serve):
     """Rule 2; and the socket stays, so what got no receipt is sent again."""
     server = await serve(on(own_mongodb.uri))
-    from_ann = await connect(await sign_in(server, "ann"))
-    from_bob = await connect(await sign_in(server, "bob"))
+    from_ann, from_bob = await connect_two(server)
     own_mongodb.kill()
     for nonce in "n0", "n1":
         error = await send(from_ann, "lost?", nonce)
@@ -1118,6 +1116,9 @@ async def test_message_that_is_not_stored_is_never_shown(own_mongodb, serve):
     await say(from_ann, "next", "n2")
     heard = [e for e in await heard_until("n2", from_bob) if e["type"] == "message"]
     assert [event["nonce"] for event in heard] == ["n0", "n1", "n2"]
+    own_mongodb.freeze()
+    async with asyncio.timeout(20):
+        await server.close()  # though MongoDB is away
 
 
 async def is_stored(ws, nonce):
