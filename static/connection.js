@@ -137,7 +137,7 @@ export class Connection {
     const delay = pause * (0.5 + Math.random()) - spent;
     this.timer = setTimeout(() => this.connect(), delay);
     this.page.lost(code, live);
-    if (!live || code === 1008) this.askWhy(); // 1008: the account is gone
+    if (!live) this.askWhy();
   }
 
   // A handshake that fails does not say why; the same address over HTTP does. Believe the

@@ -68,6 +68,7 @@ const CODE = String.raw`^\x60{3}.*\n[^]*?^\x60{3}$\n?|^(?: {4}|\t).*(?:\n(?: {4}
 const WORD = String.raw`[\p{L}\p{M}\p{N}_\-]`;
 const NAME = `(?<!${WORD})@?${user.replaceAll("-", String.raw`\x2d`)}(?!${WORD})`;
 const PARTS = new RegExp(`(${CODE})|(${LINK})|(${NAME})`, "gimu");
+// `dir` sets a link apart: a character before it could turn it into another address.
 const rel = "noopener noreferrer nofollow";
 const MAKERS = [
   (text) => text, // between the parts
@@ -316,7 +317,7 @@ function prepend(items) {
 // --- Who is online: one name in or out moves one item ---
 const { compare } = new Intl.Collator("en");
 const online = find("online");
-const makeName = (name) => make("li", name, { translate: false, dir: "auto" });
+const makeName = (name) => make("li", name, { translate: false });
 
 export function showOnline(names) {
   online.replaceChildren(...[...names].sort(compare).map(makeName));
