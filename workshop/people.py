@@ -15,12 +15,7 @@ from bson import ObjectId
 
 PASSWORD = "correct horse"
 TURN = 0.01  # seconds that a turn takes at least
-FLOOD = 5_000  # more events than a demonstration sends
-ENDS = {  # of a connection, by close code
-    1000: "your handler has returned",
-    1002: "the bytes were not a valid frame",
-    1006: "it was cut off",
-}
+ENDS = {1000: "your handler has returned", 1002: "a frame was wrong", 1006: "cut off"}
 
 
 async def quiet(seconds: float = 0.3) -> None:
@@ -59,16 +54,11 @@ class Client:
     """One WebSocket at a time, and everything that was heard on it."""
 
     def __init__(self, url: str, name: str = "") -> None:
-        self.url, self.name = url, name
+        self.name, self.title = name, name.capitalize()  # the start of a sentence
         self.heard, self.receipts = [], {}
         self.events, self.reader, self.ws = asyncio.Queue(), None, None
         jar = aiohttp.CookieJar(unsafe=True)  # `unsafe`: keep cookies of 127.0.0.1
         self.session = aiohttp.ClientSession(url, cookie_jar=jar)
-
-    @property
-    def title(self) -> str:
-        """The name at the start of a sentence."""
-        return self.name.capitalize()
 
     async def open(self, path: str, **more) -> None:
         await self.disconnect()
@@ -83,8 +73,6 @@ class Client:
             event = json.loads(frame.data)
             known = isinstance(event, dict) and "type" in event
             self.hear(event if known else {"type": "", "raw": event})
-            if len(self.heard) == FLOOD:
-                self.abort()
 
     def hear(self, event: dict) -> None:
         self.heard.append(event)
@@ -112,8 +100,7 @@ class Client:
         try:
             await self.ws.send_json(event)
         except ConnectionError:
-            code = self.ws.close_code
-            how = ENDS.get(code, f"code {code}")
+            how = ENDS.get(self.ws.close_code, self.ws.close_code)
             ended = f"{self.title}'s connection has ended: {how}."
             raise ConnectionError(ended) from None
 
@@ -139,12 +126,9 @@ class Client:
 
     async def break_off(self) -> None:
         """Lose the connection without a word, as a phone in a tunnel does."""
-        self.abort()
-        await self.disconnect()
-
-    def abort(self) -> None:
         if connection := self.ws._response.connection:
             connection.transport.abort()
+        await self.disconnect()
 
     async def disconnect(self) -> None:
         if self.reader:
@@ -158,18 +142,8 @@ class Client:
         await self.session.close()
 
 
-def as_sent(event: dict):
-    """Return what the server sent, also if that is not an event."""
-    return event.get("raw", event)
-
-
 class Person(Client):
     """A user of `chat.py`, with a browser's cookies."""
-
-    async def get(self, path: str, **more) -> str:
-        """Return a page."""
-        async with self.session.get(path, **more) as response:
-            return await response.text()
 
     async def post(self, path: str, **form) -> tuple[int, str]:
         """Send a form; return the status, before any redirect, and the page."""
@@ -205,12 +179,6 @@ class Person(Client):
     def is_connected(self) -> bool:
         return self.reader is not None and not self.reader.done()
 
-    async def come_over(self) -> None:
-        """Come back to a server that was started again, if it was left open."""
-        if self.reader:
-            last = max((message["id"] for message in self.messages()), default=0)
-            await self.come_back(last)
-
     async def peek(self, path: str, **more) -> dict | int:
         """Return the first event of a new WebSocket, or the status that refuses it."""
         try:
@@ -218,10 +186,3 @@ class Person(Client):
                 return await ws.receive_json(timeout=3)
         except aiohttp.WSServerHandshakeError as refusal:
             return refusal.status
-
-    async def __aenter__(self) -> "Person":
-        await self.sign_in()
-        return await self.connect()
-
-    async def __aexit__(self, *error) -> None:
-        await self.close()

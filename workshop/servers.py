@@ -10,6 +10,7 @@ import secrets
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import aiohttp
@@ -20,17 +21,16 @@ from IPython.display import HTML, display
 from pymongo import AsyncMongoClient
 
 import chat
-from workshop.copies import NotAttempted
 from workshop.mongodb import NO_MONGODB, replica_set
 from workshop.people import PASSWORD, Person
 
 # Where cells serve: "0.0.0.0" is for a notebook that is opened by another machine.
 HOST = os.environ.get("WORKSHOP_HOST", "127.0.0.1")
-FIELDS = chat.Settings.model_fields
-DEFAULTS = {name: field.default for name, field in FIELDS.items()}
+FRAMES = Path(__file__).with_name("frames.html").read_text("utf-8")
+DEFAULTS = {name: one.default for name, one in chat.Settings.model_fields.items()}
 # Cookies are per host, not per port: don't warn about another chat's cookie.
-logging.getLogger("aiohttp_session").addHandler(logging.NullHandler())
-PEOPLE = "ann", "bob", "eve", "mallory", "robot"
+logging.getLogger("aiohttp_session").setLevel(logging.ERROR)
+PEOPLE = "ann", "bob", "eve", "mallory"
 # One key for all servers of a notebook. Allow many sign-ins: a cell may be run again.
 REPEATABLE = {"SECRET_KEY": secrets.token_hex(), "LOGIN_ATTEMPTS": 1_000_000}
 
@@ -39,22 +39,12 @@ REPEATABLE = {"SECRET_KEY": secrets.token_hex(), "LOGIN_ATTEMPTS": 1_000_000}
 class Server:
     """A chat that runs inside the notebook, on the same event loop."""
 
-    def __init__(self, module, app, host: str) -> None:
-        self.module, self.app, self.host, self.port = module, app, host, 0
-        self.people, self.log, self.tasks = [], [], []
+    def __init__(self, app, host: str, port: int) -> None:
+        self.app, self.host, self.port = app, host, port
+        self.url = f"http://127.0.0.1:{port}"
+        self.room, self.db = app[chat.ROOM], app[chat.ROOM].db
+        self.people, self.log = [], []
         self.shared = False  # by cells, which may be run again
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def room(self):
-        return self.app[self.module.ROOM]
-
-    @property
-    def db(self):
-        return self.app[self.module.DATABASE]
 
     async def visitor(self, name: str = "") -> Person:
         """Return a person with a browser of their own, who has not signed in."""
@@ -73,15 +63,17 @@ class Server:
         await person.sign_in()
         return await person.connect(path)
 
-    def run(self, work) -> None:
-        """Run a coroutine beside the chat, until it ends or the chat does."""
-        self.tasks.append(asyncio.create_task(work))
+    async def edit(self, operation: str, query) -> None:
+        """Await an operator's edit. In memory, the chat has to be told."""
+        await (query if self.db.shared else self.db.edit(operation, query))
+
+    @staticmethod
+    def sentences(html: str) -> list[str]:
+        """Return what a page says beside its fields."""
+        return re.findall(r'class="error"[^>]*>([^<]*)', html)
 
     async def end(self) -> None:
-        """Stop what runs beside the chat, and close everyone's connections."""
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        """Close everyone's connections."""
         for person in self.people:
             await person.close()
 
@@ -89,18 +81,16 @@ class Server:
 class Lines(logging.Handler):
     """Keep what is logged, a line each, and print it if it should be seen at once.
 
-    Loggers belong to the whole process: of several servers, the newest one listens.
+    The log belongs to the whole process: of several servers, the newest one listens.
     """
 
-    names = "chat", "aiohttp.server"
     listeners = []
 
     def __init__(self, lines: list, seen: bool) -> None:
         super().__init__(logging.WARNING)
         self.lines, self.seen = lines, seen
         self.listeners.append(self)
-        for name in self.names:
-            logging.getLogger(name).addHandler(self)
+        logging.getLogger().addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         if self is not self.listeners[-1]:
@@ -114,74 +104,70 @@ class Lines(logging.Handler):
 
     def close(self) -> None:
         self.listeners.remove(self)
-        for name in self.names:
-            logging.getLogger(name).removeHandler(self)
+        logging.getLogger().removeHandler(self)
         super().close()
 
 
 @contextlib.asynccontextmanager
-async def serving(module=chat, host=HOST, port=0, change=None, log=False, **replaced):
-    """Serve the chat, or a copy of it, for as long as a `with` block lasts.
+async def serving(host=HOST, port=0, change=None, log=False, **replaced):
+    """Serve the chat for as long as a `with` block lasts.
 
     `replaced` are settings, and names of chat.py that get another value while the
-    application starts. `change` is called with the application before that. What is
-    logged is kept in `server.log`, a line each; with `log` it is printed too. An
-    exercise without an attempt is replaced by the original.
+    application starts: `Room=MyRoom`. `change` is called with the application before
+    that. What is logged is kept in `server.log`, a line each; with `log` it is printed.
     """
-    if isinstance(module, NotAttempted):
-        print(module.wrong or "○ Not attempted yet: this is the original.")
-        module = chat
-    replaced = {n: v for n, v in replaced.items() if not isinstance(v, NotAttempted)}
-    Settings = replaced.pop("Settings", module.Settings)
+    Settings = replaced.pop("Settings", chat.Settings)
     names = Settings.model_fields.keys() & replaced.keys()
     settings = {name: replaced.pop(name) for name in names}
     listener = socket.create_server((host, port))
     port = listener.getsockname()[1]  # the cookie is named by it
     settings = DEFAULTS | REPEATABLE | {"PORT": port} | settings
-    try:  # whatever the environment says
-        settings = Settings(_env_file=None, **settings)
-    except ValueError:
-        listener.close()
-        raise
-    routes = [
-        (path, replaced.get(view.__name__, view), name)
-        for path, view, name in module.ROUTES
-    ]
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
-        for name in Lines.names:  # the filters of other copies say a line once a minute
-            logging.getLogger(name).filters.clear()
-        module.log_lines.cache_clear()
-        with patch.multiple(module, **{"ROUTES": routes} | replaced):
-            app = module.init_app(settings)
+        settings = Settings(_env_file=None, **settings)  # whatever the environment says
+        routes = [(p, replaced.get(v.__name__, v), n) for p, v, n in chat.ROUTES]
+        with patch.multiple(chat, **{"ROUTES": routes} | replaced):
+            app, lines = chat.init_app(settings), []
+            for name in chat.LOGGERS:  # a filter would say a line once a minute
+                logging.getLogger(name).filters.clear()
             if change:
                 change(app)
-            server = Server(module, app, host)
-            stack.callback(Lines(server.log, log).close)
+            stack.callback(Lines(lines, log).close)
             runner = web.AppRunner(app, shutdown_timeout=1, access_log=None)
             stack.push_async_callback(runner.cleanup)
             with contextlib.redirect_stdout(io.StringIO()):
                 await runner.setup()
+        server = Server(app, host, port)
+        server.log = lines
         await web.SockSite(runner, listener).start()
-        server.port = port
         stack.push_async_callback(server.end)
         yield server
 
 
+def in_memory() -> dict:
+    """Return what gives one server after the other the same database in memory."""
+    opened, open_database = [], chat.open_database
+
+    async def open_once(settings):
+        if not opened:
+            opened.append(await open_database(settings))
+        return opened[0]
+
+    return {"open_database": open_once}
+
+
 live = None  # the server that cells share
-memory = chat.AsyncMongoMockClient(tz_aware=True)  # its database, which outlives it
+memory = in_memory()  # its database, which outlives it
 
 
 async def serve(*arguments, **changes) -> Server:
     """Serve the chat until `stop`; what was served before is stopped, and replaced.
 
-    Takes what `serving` takes. The port is any that is free, and then stays the same.
-    Accounts, messages and sessions stay as well, until the kernel stops. The notebook's
-    people come over to the new server.
+    Takes what `serving` takes. The port stays the same, and accounts, messages and
+    sessions stay until the kernel stops. The notebook's people come over.
     """
     global live
-    shared = {"port": live.port if live else 0, "log": True}
-    shared["AsyncMongoMockClient"] = lambda **options: memory
+    shared = {"port": live.port if live else 0, "log": True} | memory
     people = live.people if live else []
     if live:
         live.people = []  # they stay connected for as long as the old server runs
@@ -190,18 +176,15 @@ async def serve(*arguments, **changes) -> Server:
     live = await stack.enter_async_context(serving(*arguments, **shared | changes))
     live.stop, live.shared, live.people = stack.aclose, True, people
     for person in people:
-        with contextlib.suppress(OSError, aiohttp.ClientError, TimeoutError):
-            await person.come_over()
-    await reserve_names(live)
-    return live
-
-
-async def reserve_names(server: Server) -> None:
-    """Create the accounts of the notebook's people, before you can take their names."""
-    for name in PEOPLE:
-        if not await server.db.users.find_one({"name_key": name}):
+        if person.reader:  # else she has not come yet, or has left
+            last = max((message["id"] for message in person.messages()), default=0)
+            with contextlib.suppress(OSError, aiohttp.ClientError, TimeoutError):
+                await person.come_back(last)
+    for name in PEOPLE:  # create their accounts, before you can take their names
+        if not await live.db.users.find_one({"name_key": name}):
             hashed = await asyncio.to_thread(chat.hash_password, PASSWORD)
-            await chat.User(server.db).create(name, "", hashed)
+            await chat.create_user(live.db, name, "", hashed)
+    return live
 
 
 async def stop() -> None:
@@ -212,56 +195,41 @@ async def stop() -> None:
         await server.stop()
 
 
-def look(server, *paths: str, height: int = 480) -> None:
+def look(server, *paths: str, height: int = 300) -> None:
     """Show pages of the chat in the notebook, side by side, and a link to the first.
 
     The frame takes the notebook's own host name: for a browser, 127.0.0.1 and localhost
     are two sites, and a session cookie stays at home.
     """
     paths = paths or ("/",)
-    link = '<p>{}: <a href="{}" target="_blank">{}</a></p>'
-    address = f"http://localhost:{server.port}{paths[0]}"
-    parts = [link.format("In a window of its own", address, address)]
-    if server.host == "0.0.0.0":
-        address = f"http://{own_address()}:{server.port}{paths[0]}"
-        parts.append(link.format("From other machines", address, address))
-    # A frame in VS Code belongs to another site than the chat: no cookies.
-    if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys():
-        parts.append("<p>VS Code cannot sign in inside a frame: use the link.</p>")
-    else:
-        parts.append(frames(server, paths, height))
-    display(HTML("".join(parts)))
+    hosts = ["localhost"] + [own_address()] * (server.host == "0.0.0.0")
+    addresses = [f"http://{host}:{server.port}{paths[0]}" for host in hosts]
+    link = '<a href="{}" target="_blank">{}</a>'
+    links = [link.format(one, one.partition("?")[0]) for one in addresses]
+    shown = frames(server, paths, height)
+    if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys():  # there it gets no cookies
+        shown = "<p>VS Code cannot sign in inside a frame: use the link.</p>"
+    display(HTML(f"<p>In a window of its own: {' or '.join(links)}</p>{shown}"))
 
 
 def frames(server, paths, height: int) -> str:
     """Return frames side by side, on the host name that the notebook is opened by."""
-    name = f"chat-{secrets.token_hex(4)}"
-    inner = "".join(
-        f'<iframe data-path="{path}" title="The chat" height="{height}" '
-        'style="flex:1;min-width:0;border:1px solid #8888"></iframe>'
-        for path in paths
-    )
-    far = "false" if server.host == "0.0.0.0" else "true"
-    return f"""<div id="{name}" style="display:flex;gap:8px">{inner}</div><script>{{
-const place = document.getElementById("{name}");
-const host = location.protocol == "http:" ? location.hostname : "localhost";
-const here = /^(localhost|127[.][0-9.]+|.*[.]localhost)$/.test(host);
-if (location.protocol == "https:")
-  place.textContent = "No frame: your browser can't reach the machine that runs this.";
-else if (here || !{far} && /^[0-9.]+$/.test(host))
-  for (const frame of place.children)
-    frame.src = `http://${{host}}:{server.port}${{frame.dataset.path}}`;
-else
-  place.textContent = `You opened this notebook at ${{host}}. For frames there, ` +
-    ({far} ? "start Jupyter with WORKSHOP_HOST=0.0.0.0 set."
-      : "open it by its IP address.");
-}}</script>"""
+    frame = '<iframe data-path="{}" title="The chat" height="{}"></iframe>'
+    parts = {
+        "FRAMES": "".join(frame.format(path, height) for path in paths),
+        "NAME": f"chat-{secrets.token_hex(4)}",
+        "PORT": str(server.port),
+        "OPEN": "true" if server.host == "0.0.0.0" else "false",
+    }
+    return re.sub("|".join(parts), lambda match: parts[match[0]], FRAMES)
 
 
 def own_address() -> str:
     """Return this machine's address, also on a network without a way out of it."""
-    if address := chat.own_address():
-        return address
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with udp as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # sends nothing: the system picks a route
+        return probe.getsockname()[0]
     found = [a.address for card in psutil.net_if_addrs().values() for a in card]
     return next((a for a in found if re.fullmatch(r"(?!127)[\d.]+", a)), "127.0.0.1")
 
@@ -277,7 +245,7 @@ class Process:
     def __init__(self, **settings) -> None:
         defaults = {name: str(value) for name, value in DEFAULTS.items()}
         self.environment = os.environ | defaults | {"PORT": "0"} | settings
-        self.output, self.port, self.people = "", 0, []
+        self.output, self.url, self.exit_code, self.people = "", "", None, []
 
     async def __aenter__(self) -> "Process":
         await asyncio.to_thread(self.start)
@@ -292,27 +260,19 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
-            errors="replace",
         )
         while "CTRL+C" not in self.output and (line := self.process.stdout.readline()):
             self.output += line
-        if found := re.search(r"http://\S+:(\d+)", self.output):
-            self.port = int(found[1])
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        if found := re.search(r"http://\S+:\d+", self.output):
+            self.url = found[0]
+        else:
+            self.exit_code = self.process.wait()
 
     async def join(self, name: str) -> Person:
         """Return a person who has signed up, or in, and opened a WebSocket."""
         self.people.append(Person(self.url, name))
-        return await self.people[-1].__aenter__()
-
-    async def end(self) -> tuple[int, str]:
-        """Stop it as a host would; return its exit code and all that it has said."""
-        self.process.terminate()
-        self.output += await asyncio.to_thread(self.process.stdout.read)
-        return await asyncio.to_thread(self.process.wait), self.output
+        await self.people[-1].sign_in()
+        return await self.people[-1].connect()
 
     async def kill(self) -> None:
         """End it without a warning, as a power cut would."""
@@ -335,10 +295,13 @@ async def two_processes():
             print(NO_MONGODB)
             yield None, None
             return
-        name = f"tutorial-{ObjectId()}"
-        settings = {"MONGO_HOST": uri, "MONGO_DB_NAME": name, "SECRET_KEY": "shared"}
+        name, key = f"tutorial-{ObjectId()}", secrets.token_hex()
+        settings = {"MONGO_HOST": uri, "MONGO_DB_NAME": name, "SECRET_KEY": key}
         client = await stack.enter_async_context(AsyncMongoClient(uri))
         stack.push_async_callback(client.drop_database, name)
         processes = [Process(**settings), Process(**settings)]
-        both = map(stack.enter_async_context, processes)
-        yield await asyncio.gather(*both)
+        await asyncio.gather(*map(stack.enter_async_context, processes))
+        if not all(process.url for process in processes):
+            print(processes[0].output)
+            processes = None, None
+        yield processes

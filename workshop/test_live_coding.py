@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from aiohttp.test_utils import unused_port
@@ -22,10 +21,11 @@ from tests.parts import (
     optional,
     until,
 )
+from workshop.servers import own_address
 
-POST = "        history = self.history\n        async with self.saving:"
-ME = """        if text.startswith("/me "):
-            text = f"* {user['name']} {text[4:]}"
+POST = "    async with room.saving:"
+ME = """    if text.startswith("/me "):
+        text = f"* {user['name']} {text[4:]}"
 """
 
 
@@ -45,14 +45,14 @@ async def projector(request, tmp_path):
                 name: value
                 for name, value in clean_environment().items()
                 if not name.startswith("COV")
-            } | {"PORT": str(port)}
+            } | {"PORT": str(port), "SITE_HOST": "0.0.0.0"}
             if not in_memory:
                 environment["MONGO_HOST"] = request.getfixturevalue("mongodb")
                 environment["MONGO_DB_NAME"] = f"test-{ObjectId()}"
-                environment["SECRET_KEY"] = "any text"
+                environment["SECRET_KEY"] = "0" * 32
             stack.enter_context(watching(tmp_path, environment))
             await until(lambda: can_connect(port), 30)
-            return tmp_path, f"http://127.0.0.1:{port}"
+            return tmp_path, f"http://{own_address()}:{port}"
 
         yield start
 
@@ -91,36 +91,26 @@ async def fill_in(page, url, name="ann"):
     await page.get_by_text("online", exact=True).wait_for()
 
 
-def time_to_import():
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import chat"], cwd=ROOT, check=True)
-    return time.monotonic() - start
-
-
 async def test_what_is_typed_into_the_chat_reaches_an_open_page(projector, browser):
-    """With a database, Bob's open page reads `* ann waves` 3 seconds after a save.
+    """With a database, each save reaches Bob's page on another machine.
 
-    Ann says `/me waves` again and again meanwhile, and both stay signed in. Of three
-    saves, one right after the other, two have to be in time. Where the machine is so
-    busy that `import chat` takes longer than half a second, the rest may as well.
+    Ann says `/me waves` again and again meanwhile. Both stay signed in.
     """
     folder, url = await projector(in_memory=False)
     ann, bob = await sign_up(browser, url), await sign_up(browser, url, "bob")
-    original, taken = (folder / "chat.py").read_text(), []
+    original = (folder / "chat.py").read_text()
     assert original.count(POST) == 1
     for number in range(3):
         me = ME.replace("* {", f"* {number} {{")
         (folder / "chat.py").write_text(original.replace(POST, me + POST))
-        saved = time.monotonic()
-        seen = bob.locator("#messages li", has_text=f"* {number} ann")
-        while not await seen.count():
-            assert time.monotonic() - saved < 20, "waited in vain"
+        seen = bob.locator("[data-id]", has_text=f"* {number} ann")
+        for _ in range(300):
+            if await seen.count():
+                break
             await ann.get_by_label("Message", exact=True).fill("/me waves")
             await ann.keyboard.press("Enter")
             await asyncio.sleep(0.2)
-        taken.append(time.monotonic() - saved)
-        taken[-1] /= max(3, 6 * await asyncio.to_thread(time_to_import))
-    assert sorted(taken)[1] < 1, taken
+        assert await seen.count(), f"save {number} has not reached Bob's page"
 
 
 async def test_without_a_database_a_save_keeps_what_was_being_typed(projector, browser):

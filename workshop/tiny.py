@@ -1,29 +1,19 @@
 """Serve the little chat of part A: a learner's handler behind one tiny page."""
 
 import asyncio
-import collections
 import contextlib
-import copy
-import gc
-import inspect
-import itertools
-import linecache
 import re
 import secrets
-import warnings
 from pathlib import Path
-from types import CellType, FunctionType
 
 from aiohttp import web
 
-from workshop import scenarios
-from workshop.copies import Page
+from workshop.cells import define, file_of
+from workshop.judge import noting_what_is_not_awaited
 from workshop.people import Client
 from workshop.servers import HOST, Lines, frames, own_address
 
-HERE = Path(__file__).parent
-STEPS = "workshop.steps"
-page = Page((HERE / "page.html").read_text("utf-8"))
+page = Path(__file__).with_name("page.html").read_text("utf-8")
 
 
 class Guest(Client):
@@ -45,11 +35,8 @@ class Guest(Client):
             greeting = self.send(type="message", text=self.greeting, nonce=nonce)
             self.greetings.append(asyncio.create_task(greeting))
 
-    def __repr__(self) -> str:
-        return f"{self.name}, a guest"
-
     async def connect(self, after: int | None = None) -> "Guest":
-        """Connect, and wait until it is live if the chat tells us so (from step 3)."""
+        """Connect, and wait until it is live if the chat says so (from step 3)."""
         more = "" if after is None else f"&after={after}"
         await self.open(f"/ws?name={self.name}{more}")
         with contextlib.suppress(TimeoutError):
@@ -65,13 +52,12 @@ class LittleServer:
     """A little chat that runs inside the notebook, with its own empty state."""
 
     def __init__(self, talk, page: str) -> None:
-        self.talk, self.page, self.host, self.port = fresh(talk), page, HOST, 0
+        # A check names the cells that it has judged; else run the handler's own again.
+        self.names = define(talk.__globals__, *getattr(talk, "files", [file_of(talk)]))
+        self.talk = self.names[talk.__name__]
+        self.page, self.host, self.port, self.runner = page, HOST, 0, None
         self.people, self.paths, self.transports = [], [], {}
-        self.log, self.warnings = [], []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        self.log = []
 
     def __repr__(self) -> str:
         return f"A little chat at {self.url}"
@@ -83,17 +69,16 @@ class LittleServer:
             f'<a href="{address}{path}" target="_blank">{re.split("[=&]", path)[1]}</a>'
             for path in self.paths
         )
-        shown = frames(self, self.paths, 240)
-        return f"{shown}<p>In windows of their own: {links}</p>"
+        return f"{frames(self, self.paths, 220)}<p>In windows of their own: {links}</p>"
 
     def __getattr__(self, name):
         """Return what the handler calls by this name: `server.connections`."""
         try:
-            return self.talk.__globals__[name]
+            return self.names[name]
         except KeyError:
-            raise AttributeError(f"the chat has no `{name}`") from None
+            raise AttributeError(f"The chat has no `{name}`.") from None
 
-    def app(self) -> web.Application:
+    async def start(self) -> None:
         async def index(request):
             return web.Response(text=self.page, content_type="text/html")
 
@@ -104,7 +89,15 @@ class LittleServer:
         app = web.Application()
         app.router.add_get("/", index)
         app.router.add_get("/ws", ws)
-        return app
+        self.runner = web.AppRunner(app, shutdown_timeout=0.1, access_log=None)
+        await self.runner.setup()
+        await web.TCPSite(self.runner, HOST, 0).start()
+        self.port = self.runner.addresses[0][1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    async def stop(self) -> None:
+        """Stop serving. aiohttp cancels the handlers that still run."""
+        await self.runner.cleanup()
 
     async def join(self, name: str, greeting: str = "") -> Guest:
         """Let a guest connect. Its greeting, if any, is for people who join later."""
@@ -112,131 +105,46 @@ class LittleServer:
         self.people.append(guest)
         return await guest.connect()
 
-    async def come_back_slowly(self) -> Guest:
-        """Let Bob come back on a slow network while Ann talks; return Bob."""
-        return await scenarios.come_back_slowly(self)
-
-    @property
-    def complaints(self) -> list[str]:
-        """Return what Python has complained of: its warnings, and errors in the log."""
-        gc.collect()  # Python warns of a coroutine when it is collected
-        caught = [w.message for w in self.warnings if w.category is RuntimeWarning]
-        return [*map(str, caught), *self.log]
-
     async def send_home(self) -> None:
         for person in self.people:
             await person.close()
 
 
-def fresh(talk, **changed):
-    """Return the same functions with empty collections and new objects of their own.
-
-    So each server begins without a person or a message, and a cell can be run again.
-    """
-    theirs = talk.__globals__ | changed
-    for function in changed.values():  # with what it calls, in a notebook
-        theirs = getattr(function, "__globals__", {}) | theirs
-    functions, ours = functions_of(talk, theirs), dict(theirs)
-    outer = [cell for function in functions for cell in function.__closure__ or ()]
-    cells, copies = {id(cell): CellType() for cell in outer}, {}
-    for function in functions:
-        own = is_theirs(function.__globals__["__name__"])  # else a library's decorator
-        names = ours if own else function.__globals__
-        closure = tuple(cells[id(cell)] for cell in function.__closure__ or ())
-        code, rest = function.__code__, (function.__name__, function.__defaults__)
-        copies[function] = FunctionType(code, names, *rest, closure)
-        copies[function].__kwdefaults__ = function.__kwdefaults__
-        if not own:
-            copies[function].__module__ = function.__module__
-        for name in names_in(code):
-            if name in theirs:
-                ours[name] = emptied(theirs[name])
-    for cell in outer:
-        with contextlib.suppress(ValueError):  # it is empty
-            value = cell.cell_contents
-            known = isinstance(value, FunctionType) and value in copies
-            cells[id(cell)].cell_contents = copies[value] if known else emptied(value)
-    for name, value in theirs.items():
-        if isinstance(value, FunctionType):
-            ours[name] = copies.get(value, value)
-    return copies[talk]
-
-
-def emptied(value):
-    """Return an empty copy of a collection, and a copy of an object of a learner's."""
-    if isinstance(value, (list, dict, set, collections.deque)):
-        value = copy.copy(value)
-        value.clear()
-    elif is_theirs(type(value).__module__) or isinstance(value, itertools.count):
-        with contextlib.suppress(TypeError), warnings.catch_warnings(action="ignore"):
-            return copy.deepcopy(value)
-    return value
-
-
-def functions_of(talk, names: dict | None = None) -> list[FunctionType]:
-    """Return a handler and the functions that it calls, of the same notebook."""
-    names, found = names or talk.__globals__, [talk]
-    for function in found:  # the list grows meanwhile
-        used = [names.get(name) for name in names_in(function.__code__)]
-        for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # it is empty
-                used.append(cell.cell_contents)
-        for value in used:
-            if isinstance(value, FunctionType) and value not in found:
-                found += [value] * is_theirs(value.__module__)
-    return found
-
-
-def is_theirs(module: str | None) -> bool:
-    """Return whether a module is a learner's cell or a solution, not a library."""
-    return module == "__main__" or str(module).startswith(STEPS)
-
-
-def is_ours(function) -> bool:
-    """Return whether a function is a solution of ours, and not edited."""
-    return getattr(function, "__module__", "").startswith(STEPS)
-
-
-def names_in(code):
-    yield from code.co_names
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            yield from names_in(constant)
-
-
-def step(name: str, function: str = "talk"):
-    """Return our own solution of a step, from `workshop/steps/`."""
-    path = HERE / "steps" / f"{name}.py"
-    names = {"__name__": f"{STEPS}.{name}", "__file__": str(path)}
-    exec(compile(path.read_text("utf-8"), str(path), "exec"), names)
-    linecache.checkcache(str(path))
-    return names[function]
-
-
 @contextlib.asynccontextmanager
-async def little(talk, page: str = page, log: bool = False):
+async def serving_little(talk, page: str = page, log: bool = False):
     """Serve a handler of part A for as long as a `with` block lasts.
 
-    What goes wrong in it is kept, as `server.complaints`; with `log` it is printed.
+    What goes wrong in it is kept, as `server.log`; with `log` it is printed.
     """
     server = LittleServer(talk, page)
     async with contextlib.AsyncExitStack() as stack:
-        if not log:
-            caught = warnings.catch_warnings(record=True, action="always")
-            server.warnings = stack.enter_context(caught)
-            gc.freeze()  # then `complaints` has to look at what is new only
-            stack.callback(gc.unfreeze)
         stack.callback(Lines(server.log, log).close)
-        runner = web.AppRunner(server.app(), shutdown_timeout=0.1, access_log=None)
-        stack.push_async_callback(runner.cleanup)
-        await runner.setup()
-        await web.TCPSite(runner, HOST, 0).start()
-        server.port = runner.addresses[0][1]
+        await server.start()
+        stack.push_async_callback(server.stop)
         stack.push_async_callback(server.send_home)
         yield server
 
 
-KEPT = 12  # servers of the newest calls of `play`, so that frames further up stay live
+@contextlib.asynccontextmanager
+async def little(talk):
+    """Serve a handler in a demonstration, which an attempt may end early.
+
+    At the end say what Python has complained of.
+    """
+    log = []
+    try:
+        with noting_what_is_not_awaited() as names:
+            async with serving_little(talk) as server:
+                log = server.log
+                yield server
+    except (ConnectionError, TimeoutError, AttributeError) as error:
+        print(f"Here it ends: {error}")
+    for name in names:
+        print(f"Python says: coroutine {name!r} was never awaited.")
+    for line in log:
+        print("The log says:", line)
+
+
 playing: list[contextlib.AsyncExitStack] = []
 
 
@@ -246,11 +154,9 @@ async def play(talk, *names: str, page: str = page, typing: bool = False):
     A cell that is run again gets another server, without a person or a message.
     """
     stack = contextlib.AsyncExitStack()
-    server = await stack.enter_async_context(little(talk, page, log=True))
+    server = await stack.enter_async_context(serving_little(talk, page, log=True))
     server.paths = [f"/?name={name}{'&typing' * typing}" for name in names]
     playing.append(stack)
-    while len(playing) > KEPT:
-        await playing.pop(0).aclose()
     return server
 
 
@@ -260,13 +166,25 @@ async def stop_playing() -> None:
 
 
 async def stall(talk, messages: int = 700) -> list[float]:
-    """Let Bob stop reading while Ann says long things.
+    """Let Bob stop reading while Ann says long things; print what became of her.
 
-    Return how many KiB wait for Bob in the server after each of them. The list ends
+    Return how many KiB wait for Bob in the server after each message. The list ends
     where Ann has had no receipt for a second.
     """
     async with little(talk) as server:
-        return await stall_in(server, messages)
+        waiting = await stall_in(server, messages)
+        kibibytes = (
+            f"{waiting[-1] if waiting else 0:,.0f} KiB wait for Bob in the server."
+        )
+        if server.transports["bob"].is_closing():
+            print(f"Ann has {len(waiting)} receipts. Bob was cut off: 0 KiB wait.")
+        elif len(waiting) == messages:
+            print(f"Ann has all {messages} receipts. {kibibytes}")
+        else:
+            print(f"After {len(waiting)} messages Ann gets no receipt any more.")
+            print(kibibytes)
+        return waiting
+    return []
 
 
 async def stall_in(server: LittleServer, messages: int = 700) -> list[float]:

@@ -13,9 +13,6 @@ async def talk(request):
     ws = web.WebSocketResponse()
     await ws.prepare(request)
     connections.add(ws)
-    try:
-        async for frame in ws:
-            await broadcast(frame.json())
-    finally:
-        connections.remove(ws)
+    async for frame in ws:
+        await broadcast(frame.json())
     return ws

@@ -1,5 +1,4 @@
 from asyncio import gather
-from itertools import islice
 
 from aiohttp import web
 
@@ -14,7 +13,7 @@ async def talk(request):
     name, after = request.query["name"], int(request.query.get("after", 0))
     ws = web.WebSocketResponse()
     await ws.prepare(request)
-    for message in islice(messages, after, None):
+    for message in messages[after:]:
         await ws.send_json(message)
     connections.add(ws)
     try:

@@ -9,6 +9,6 @@ import chat
 
 async def run_host(app):
     room, host = app[chat.ROOM], {"_id": ObjectId(), "name": "host"}
-    await room.post(host, "The chat is open.", token_hex())
+    await chat.post(room, host, "The chat is open.", token_hex())
     yield
-    await room.post(host, "The chat is closing.", token_hex())
+    await chat.post(room, host, "The chat is closing.", token_hex())

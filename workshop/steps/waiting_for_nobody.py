@@ -3,16 +3,19 @@ from itertools import islice
 
 from aiohttp import web
 
+
+def make_frame(event):
+    data = json.dumps(event).encode()
+    size = [len(data)] if len(data) < 126 else [126, *len(data).to_bytes(2)]
+    return bytes([0x81, *size]) + data
+
+
 messages, numbers, connections = [], {}, {}
 
 
 async def broadcast(event):
-    data = json.dumps(event).encode()
-    size = [len(data)] if len(data) < 126 else [126, *len(data).to_bytes(2)]
-    frame = bytes([0x81, *size]) + data
+    frame = make_frame(event)
     for transport in connections.values():
-        if transport.get_write_buffer_size() > 65_536:
-            transport.abort()
         transport.write(frame)
 
 
