@@ -66,7 +66,7 @@ const ENDS = String.raw`()\s\x00-\x20\x7f-\xa0\u2000-\u206f\u3000-\u303f\ufeff\u
 const LINK = String.raw`[Hh]ttps?://(?:[^${ENDS}]|\([^${ENDS}]*\))+(?<![.,:;!?'*_~|\]»])`;
 const CODE = String.raw`^\x60{3}.*\n[^]*?^\x60{3}$\n?|^(?: {4}|\t).*(?:\n(?: {4}|\t).*)*\n?`;
 const WORD = String.raw`[\p{L}\p{M}\p{N}_\-]`;
-const NAME = `(?<!${WORD})@?${user.replaceAll("-", String.raw`\x2d`)}(?!${WORD})`;
+const NAME = `(?<!${WORD})@?${user.replaceAll("-", String.raw`\x2d`)}(?!${WORD}|@)`; // no address
 const PARTS = new RegExp(`(${CODE})|(${LINK})|(${NAME})`, "gimu");
 // `dir` sets a link apart: a character before it could turn it into another address.
 const rel = "noopener noreferrer nofollow";

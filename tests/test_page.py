@@ -476,16 +476,23 @@ ADDRESSES = {  # a text, and what is a link in it
 }
 
 
-async def test_web_addresses_are_links(room, open_window):
+CODE = "```\nfor ann in https://a.b:\n\tpass\n```\n", "    indented\n    more"
+TEXTS = [*ADDRESSES, f"See:\n{CODE[0]}So.", f"And:\n{CODE[1]}"]
+TEXTS += ["Ann, @ann! Not joann, ``` or ann-"]
+
+
+async def test_addresses_code_and_your_name_are_marked(room, open_window):
     """In a message that comes, and in one that was in the page."""
     ann = await open_window(room.url, "ann")
-    await room.post(*ADDRESSES)
+    await room.post(*TEXTS)
     for _ in range(2):
-        await sees(ann, online=True, texts=list(ADDRESSES))
+        await sees(ann, online=True, texts=TEXTS)
         links = "[...document.querySelectorAll('#messages a')].map(a => [a.target, "
         links = await ann.run(f"{links} a.rel, a.getAttribute('href'), a.innerText])")
         rest = "_blank", "noopener noreferrer nofollow"
         assert links == [[*rest, a, a] for found in ADDRESSES.values() for a in found]
+        found = "[...document.querySelectorAll('code, mark')].map(e => e.textContent)"
+        assert await ann.run(found) == [*CODE, "Ann", "@ann"]
         await ann.open(room.url)
 
 
@@ -513,20 +520,6 @@ async def test_directions_do_not_mix(room, open_window):
     box = element("#text")
     direction = await ann.run(f"[{box}.dir, getComputedStyle({box}).unicodeBidi]")
     assert direction == ["auto", "plaintext"]  # as in a message
-
-
-async def test_code_is_set_as_code_and_your_name_is_marked(room, open_window):
-    ann = await open_window(room.url, "ann")
-    code = "```\nfor ann in https://a.b:\n\tpass\n```\n", "    indented\n    more"
-    sent = [
-        f"See:\n{code[0]}So.",
-        f"And:\n{code[1]}",
-        "Ann, @ann! Not joann, ``` or ann-",
-    ]
-    await room.post(*sent)
-    await sees(ann, texts=sent)
-    found = "[...document.querySelectorAll('code, mark')].map(e => e.textContent)"
-    assert await ann.run(found) == [*code, "Ann", "@ann"]
 
 
 async def test_a_long_text_is_folded_and_unfolds_where_it_stands(serve, open_window):
@@ -771,12 +764,8 @@ async def test_a_page_does_not_reload_until_there_is_a_server(scripted):
     await until(lambda: ann.loads == 2)
 
 
-NO_STORAGE = """Object.defineProperty(window, "sessionStorage", {
-    get() { throw new DOMException("refused", "SecurityError"); },
-});"""
-FULL_STORAGE = """Storage.prototype.setItem = () => {
-    throw new DOMException("full", "QuotaExceededError");
-};"""
+NO_STORAGE = "Object.defineProperty(window, 'sessionStorage', { get() { throw 1; } });"
+FULL_STORAGE = "Storage.prototype.setItem = () => { throw 1; };"
 
 
 @pytest.mark.parametrize("storage", [NO_STORAGE, FULL_STORAGE], ids=["refused", "full"])
@@ -1042,9 +1031,7 @@ async def test_a_crowd_costs_one_item_each_and_one_line(scripted):
     await told(ann, "#count", "2001")
     for number in range(500):
         script.send("left", user=f"user{number:04}")
-    script.send("joined", user="user0007")
-    line = "499 others came or left · user0497 left · user0498 left · user0499 left"
-    await told(ann, "#messages .notice", f"{line} · user0007 joined")
+    await told(ann, "#messages .notice", "499 others came or left · user0496 left · ")
     script.message(1)
     script.send("joined", user="user0008")
     await told(ann, "[data-id='1'] + .notice", "user0008 joined")
@@ -1157,21 +1144,17 @@ async def test_a_message_keeps_its_day_and_a_group_its_name(room, open_page):
     assert await ann.run(f"{agree}e.innerText))")
 
 
-async def test_marks_stay_inside_their_item(room, open_page):
+async def test_ink_edges_and_paper(room, open_page):
+    """Ink stays in its item. Edges are left without backgrounds. Paper has it all."""
     await room.post("above")
-    ann = await open_page(room.url, "ann")
+    ann = await open_page(room.url, "ann", forced_colors="active")
     await told(ann, "#messages", "ann joined")
     before = await ann.page.locator("[data-id='1'] p").screenshot()
     await room.post("Z" + "\u0301" * 200)
     await told(ann, 2, "Z")
     assert await ann.page.locator("[data-id='1'] p").screenshot() == before
-
-
-async def test_paper_and_high_contrast(room, open_page):
-    """On paper is all that is loaded. Without backgrounds, edges are left."""
-    await room.post_many(48)
+    await room.post_many(46)
     await room.post("tall\n" * 40)
-    ann = await open_page(room.url, "ann", forced_colors="active")
     await write(ann, "mine")
     await sees(ann, last="mine")
     width = "parseFloat(getComputedStyle({}).borderInlineEndWidth)"
@@ -1203,14 +1186,6 @@ async def test_forms_and_history_work_without_javascript(room, open_page):
 
 
 # --- It says why ---
-async def test_a_browser_that_keeps_no_cookie_is_told(room, proxy, open_page):
-    between = await proxy(room.port)
-    between.swap = b"Set-Cookie", b"Not-Cookie"  # the browser never gets to see it
-    ann = await open_page(f"{between.url}signin")
-    await fill(ann, **form("ann"))
-    await told(ann, "[role=status]", "did not keep the cookie")
-
-
 REASONS = {400: "blocks WebSockets", 429: "too many windows", 503: "out of service"}
 
 
@@ -1251,17 +1226,15 @@ async def test_axe_finds_nothing(room, open_page, scheme):
     history = await second_tab(ann, f"{room.url}?before=9")
     found += [await axe.run(w.page) for w in (ann, waiting, wrong, ended, history)]
     assert [f.generate_report() for f in found if f.violations_count] == []
-    box = f"getComputedStyle({element('#text')}"
-    colours = await ann.run(f"[{box}, '::placeholder').color, {box}).backgroundColor]")
-    dark, bright = sorted(map(luminance, colours))
-    assert (bright + 0.05) / (dark + 0.05) >= 4.5  # which axe does not look at
-
-
-def luminance(colour):
-    """How bright a colour is, by WCAG's definition."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-    parts = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+    item, box = element(":not(.own) > time"), element("#text")
+    written = f"getComputedStyle({box}, '::placeholder').color"
+    assert await ann.run(
+        f"{written} === getComputedStyle({item}).color"
+    )  # checked by axe
+    backs = [
+        f"getComputedStyle({e}).backgroundColor" for e in (box, f"{item}.parentElement")
+    ]
+    assert await ann.run(" === ".join(backs))
 
 
 async def test_on_a_phone_enter_starts_a_new_line(room, open_page):
