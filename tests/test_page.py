@@ -67,7 +67,7 @@ class Chat:
         await self.post(*[f"text {number}" for number in range(1, count + 1)])
 
     async def close_all(self):
-        await chat.close(list(self.room.sockets))
+        await chat.close(self.room, lambda socket: True)
 
     async def blank(self, *numbers):
         """Remove messages, as an operator does."""
