@@ -446,12 +446,12 @@ async def test_a_form_says_what_is_wrong_and_takes_what_was_typed(room, open_win
     ann = await open_window(f"{room.url}signin")
     email = "ann@bücher.example"  # in a field of type email, Chromium would change it
     await fill(ann, login="a!", email=email, password="short", password2="other")
+    await sees(ann, focus="login")  # the answer has come
     notes = {"login": "3 to 32", "password": "8 to 128", "password2": "not the same"}
     for name, sentence in notes.items():
         await told(ann, f"#{name}-note", sentence)
         field = f"#{name}[aria-describedby={name}-note][aria-invalid=true]"
         assert await count(ann, field) == 1
-    await sees(ann, focus="login")
     assert await ann.run(f"{element('#email')}.value") == email
     await fill(ann, **form("ann"))
     await sees(ann, online=True)
