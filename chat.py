@@ -1162,7 +1162,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     """Load scripts and styles from our files only, and let only our pages frame us.
 
     Without ORIGIN, pages on other ports of this host may, too: a notebook does.
-    Don't let browsers store pages, or Back would show messages after signing out.
+    Don't let browsers store the chat, or Back would show it after signing out.
     """
     if response.status == 101:
         return  # a WebSocket isn't a page, and would hold these in memory
@@ -1171,8 +1171,8 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     response.headers["Content-Security-Policy"] = CSP + framed_by
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "same-origin"
-    static = request.match_info.route.name == "static"
-    response.headers["Cache-Control"] = "no-cache" if static else "no-store"
+    public = request.match_info.route.name in PUBLIC
+    response.headers["Cache-Control"] = "no-cache" if public else "no-store"
 
 
 # ------------------------------------------------------------------------------

@@ -767,6 +767,8 @@ async def test_proxy_limits_the_forms_that_one_address_sends(place, proxy, perso
     for path in "/login", "/signin":
         assert (await eve.get(proxy, path))[0] == 200
     await person("ann", address="127.0.0.2").sign_up(proxy)
+    async with eve.at(proxy).get("/static/chat.css") as answer:
+        assert answer.headers["Content-Encoding"] == "gzip"
 
 
 async def test_restarts_in_turn_lose_and_double_nothing_behind_a_proxy(
