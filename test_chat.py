@@ -152,13 +152,12 @@ def run_main(monkeypatch, capsys):
 
 
 WRONG = [
-    "LOG_REQUESTS=perhaps", "SITE_HOST=", "PORT=http", "PORT=", "PORT=65536", "PORT=-1",
+    "LOG_REQUESTS=perhaps", "SITE_HOST=", "PORT=http", "PORT=-1", "PORT=65536",
     "ORIGIN=chat.example", "ORIGIN=https://chat.example/path", "ORIGIN=https://[",
-    "ORIGIN=https://chat.example?a=b", "ORIGIN=https://", "ORIGIN=ws://chat.example",
+    "ORIGIN=https://chat.example?a=b", "ORIGIN=ws://chat.example", "MESSAGE_BURST=0",
     "MAX_MESSAGE_LENGTH=0", "MAX_MESSAGE_LENGTH=10001", "MESSAGES_PER_SECOND=0.5",
-    "MESSAGE_BURST=0", "CONNECTIONS_PER_PERSON=0", "LOGIN_ATTEMPTS=nan",
-    "MAX_UNSENT_BYTES=1", "MONGO_DB_NAME=a.b", "MONGO_DB_NAME=", "SECRET_KEY=a",
-    "SECRET_KEY=" + 31 * "x",
+    "CONNECTIONS_PER_PERSON=0", "LOGIN_ATTEMPTS=nan", "MAX_UNSENT_BYTES=1",
+    "MONGO_DB_NAME=a.b", "MONGO_DB_NAME=", "SECRET_KEY=a", "SECRET_KEY=" + 31 * "x",
 ]  # fmt: skip
 
 
@@ -281,7 +280,10 @@ async def test_with_origin_set_no_header_of_a_proxy_matters(serve):
         ws = await visitor.ws_connect("/ws", headers=headers)
         assert (await read(ws, "welcome"))["user"] == "ann"
         options["headers"] = headers
-        assert (await visitor.post("/login", data=form("ann"), **options)).status == 303
+        response = await visitor.post("/login", data=form("ann"), **options)
+        assert response.status == 303
+        policy = response.headers["Content-Security-Policy"]
+        assert policy.endswith("; frame-ancestors 'self'")
 
 
 OTHERS = [(set_to, origin) for set_to, origins in {
@@ -293,9 +295,7 @@ OTHERS = [(set_to, origin) for set_to, origins in {
 
 
 @pytest.mark.parametrize(("set_to", "origin"), OTHERS)
-async def test_other_origin_is_refused_with_the_right_one(
-    serve, caplog, set_to, origin
-):
+async def test_other_origin_is_refused_and_told_ours(serve, caplog, set_to, origin):
     server = await serve(chat.Settings(ORIGIN=set_to))
     visitor, own = await server.visitor(), set_to or f"127.0.0.1:{server.port}"
     headers = {"Origin": origin.format(port=server.port)}
@@ -316,9 +316,7 @@ HOSTS = {
 
 
 @pytest.mark.parametrize("host", HOSTS)
-async def test_without_origin_only_localhost_and_addresses_are_served(
-    memory, caplog, host
-):
+async def test_without_origin_only_localhost_and_ips_are_served(memory, caplog, host):
     """DNS rebinding: a page of evil.example, whose name points at 127.0.0.1."""
     visitor, status = await memory.visitor(), HOSTS[host]
     options = {"headers": {"Host": host}, "allow_redirects": False}
@@ -381,26 +379,6 @@ async def test_silent_database_is_a_503_and_comes_back(own_mongodb, serve, caplo
 # ==============================================================================
 # 3. Database and models
 # ==============================================================================
-
-
-async def test_two_that_fight_for_every_number_leave_no_gap(serve, mongodb):
-    """Rule 1: two applications on one database claim numbers at the same time."""
-    settings = on(mongodb)
-    databases = [(await serve(settings)).app[chat.ROOM].db for _ in "12"]
-    users = [{"_id": ObjectId(), "name": name} for name in ("ann", "bob")]
-
-    async def write(db, user):
-        for number in range(50):
-            await chat.save(db, 1, user, f"{number}", f"{number}")
-
-    await asyncio.gather(*map(write, databases, users))
-    events = await chat.newest(databases[0], 200)
-    assert [event["id"] for event in events] == list(range(1, 101))
-    for user in users:
-        texts = [event["text"] for event in events if event["user"] == user["name"]]
-        assert texts == [f"{number}" for number in range(50)]
-
-
 async def test_process_that_lags_catches_up_when_its_number_is_taken(serve, mongodb):
     """It jumps to the newest number: with one step a message it would lag for ever."""
     db, tried = (await serve(on(mongodb))).app[chat.ROOM].db, []
@@ -476,10 +454,10 @@ def stored(number, **more):
 OUT_OF_RANGE = DatetimeMS(1 << 55)
 FOREIGN_MESSAGES = [
     {"_id": 2.0}, {"_id": Decimal128("3")}, {"_id": Int64(5), "text": "hello"},
-    {"_id": "text"}, {"_id": {"a": 1}}, {"_id": None}, stored(True), stored(-1),
-    stored(0), stored(6.5), stored(1 << 60), stored(7, time=OUT_OF_RANGE),
-    stored(8, time="yesterday"), stored(9, text=["x"]), stored(10, user=17),
-    stored(11, user_id=["x"]), stored(12, nonce=None),
+    {"_id": {"a": 1}}, {"_id": None}, stored(True), stored(0), stored(6.5),
+    stored(1 << 60), stored(7, time=OUT_OF_RANGE), stored(8, time="yesterday"),
+    stored(9, text=["x"]), stored(10, user=17), stored(11, user_id=["x"]),
+    stored(12, nonce=None),
 ]  # fmt: skip
 
 
@@ -528,22 +506,6 @@ async def test_message_taken_back_is_blank_for_every_reader(server):
     assert "text 3" not in {event.get("text") for event in await heard_until("n4", ws)}
 
 
-async def test_message_taken_back_during_a_replay_is_blank(server, monkeypatch):
-    ann = await sign_in(server)
-    await fill(server, 3)
-    replay, room = chat.WebSocket.replay, server.app[chat.ROOM]
-
-    async def replay_and_lose_one(*arguments):
-        await replay(*arguments)
-        await edit(server, 2, text="")
-        await until(lambda: room.history.events[2]["text"] == "")
-
-    monkeypatch.setattr(chat.WebSocket, "replay", replay_and_lose_one)
-    ws = await connect(ann, after=0)
-    texts = [(event["id"], event["text"]) for event in ws.replayed]
-    assert texts == [(1, "text 1"), (2, "text 2"), (3, "text 3"), (2, "")]
-
-
 async def test_messages_older_than_the_history_can_be_read(serve, mongodb):
     server = await serve(on(mongodb))
     ann = await sign_in(server)
@@ -581,10 +543,8 @@ async def test_dead_process_counts_for_15_seconds(serve, mongodb):
         seen = now - chat.timedelta(seconds=seconds)
         await entries.processes.insert_one({"names": [name], "seen": seen})
     assert {(await read(ws, "joined"))["user"] for _ in "12"} == {"ann", "fred"}
-    indexes = (await entries.processes.index_information()).values()
-    assert [i["expireAfterSeconds"] for i in indexes if "seen" in dict(i["key"])] == [
-        45
-    ]
+    indexes = await entries.processes.index_information()
+    assert indexes["seen_1"]["expireAfterSeconds"] == 45
     await other.close()
     assert await entries.processes.count_documents({}) == 3
 
@@ -606,10 +566,8 @@ SECRETS = [
     "mongodb://ann:s3\ncret@host.invalid/", "mongodb://ann:s3/cret@host.invalid",
     "mongodb://ann:s3?cret@host.invalid", "mongodb://ann:s3@cret@host.invalid",
     "mongodb://ann:s3cret:x@host.invalid", "mongodb://ann:%zs3cret@host.invalid",
-    "mongodb://ann:s3cret@host.invalid:99999", "mongodb://ann:s3 cret@host.invalid",
-    "mongodb://ann:s3cret@[::1", "mongodb://ann:s3cret@host.invalid,b:x/",
-    "mongodb+srv://ann:s3cret@host.invalid/", "mongodb://:s3cret@host.invalid",
-    "mongodb://ann:5/s3cret@host.invalid", "mongodb://ann:1,s3cret/x@host.invalid/db",
+    "mongodb://ann:s3cret@host.invalid:99999", "mongodb://ann:1,s3cret/x@host.invalid/",
+    "mongodb+srv://ann:s3cret@host.invalid/", "mongodb://ann:5/s3cret@host.invalid",
     "mongodb://ann:x@host.invalid/?tlsCertificateKeyFilePassword=s3cret&tls=true",
 ]  # fmt: skip
 
@@ -680,17 +638,8 @@ async def test_standalone_mongodb_is_told_what_mends_it(standalone, start, serve
 # ==============================================================================
 # 4. Views
 # ==============================================================================
-async def test_signing_out_ends_the_session_and_signing_in_begins_another(server):
-    ann = await sign_in(server)
-    assert (await ann.get("/login")).url.path == "/"  # there already
-    assert (await ann.post("/signout")).url.path == "/login"
-    assert (await ann.get("/")).url.path == "/login"
-    response = await ann.post("/login", data=form("ann"), allow_redirects=False)
-    assert (response.status, response.headers["Location"]) == (303, "/")
-    assert (await ann.get("/")).url.path == "/"
-
-
-async def test_signing_out_ends_this_sessions_sockets_and_no_other_devices(serve):
+async def test_signing_out_ends_this_session_and_no_other_devices(serve):
+    """Its sockets too, after the answer. Signing in begins another session."""
     server = await serve(chat.Settings(SECRET_KEY=KEY))
     ann, phone = await sign_in(server, "ann"), await server.visitor()
     tabs = [await connect(ann) for _ in range(2)]
@@ -699,10 +648,15 @@ async def test_signing_out_ends_this_sessions_sockets_and_no_other_devices(serve
     phone.session.cookie_jar.update_cookies({"CHAT_8080": cookie(content)})
     from_phone = await connect(phone)
     codes = asyncio.gather(*map(closed, tabs))
+    assert (await ann.get("/login")).url.path == "/"  # there already
     response = await ann.post("/signout", allow_redirects=False)
-    assert response.status == 303 and not tabs[0].closed  # first the answer
-    assert await codes == [1001, 1001]
+    assert (response.status, response.headers["Location"]) == (303, "/login")
+    assert not tabs[0].closed
     assert (await ann.get("/ws")).status == 401
+    assert await codes == [1001, 1001]
+    response = await ann.post("/login", data=form("ann"), allow_redirects=False)
+    assert (response.status, response.headers["Location"]) == (303, "/")
+    await say(await connect(ann), "here again")
     await say(from_phone, "still here")
 
 
@@ -838,18 +792,6 @@ async def test_unknown_name_is_like_a_wrong_password(server, monkeypatch):
     assert "No account has this name" in field_error(pages[0], "login")
 
 
-async def test_crowd_that_signs_in_is_hashed_in_turn(server, monkeypatch):
-    threads, hash_password = set(), chat.hash_password
-
-    def note(password):
-        threads.add(threading.current_thread())
-        return hash_password(password)
-
-    monkeypatch.setattr(chat, "hash_password", note)
-    await asyncio.gather(*(sign_in(server, f"ann{number}") for number in range(4)))
-    assert len(threads) == 1 and threading.main_thread() not in threads
-
-
 async def test_wait_for_the_hash_thread_has_a_bound(memory, monkeypatch):
     """Beyond it the form comes back filled, with when to try again, and unhashed."""
     hashed, hash_password, go_on = [], chat.hash_password, threading.Event()
@@ -936,12 +878,10 @@ def session(user, **more):
 
 
 BAD_COOKIES = {
-    "empty": "", "one letter": "x", "equation": "a=b", "start of a token": "gAAAAA",
-    "bytes": "\udcff\udcfe", "long": "x" * 4000, "emoji": "💥",
-    "foreign key": cookie(session("0" * 24), key="another"),
+    "empty": "", "equation": "a=b", "start of a token": "gAAAAA", "emoji": "💥",
+    "bytes": "\udcff\udcfe", "foreign key": cookie(session("0" * 24), key="another"),
     "expired": cookie(session("0" * 24), at=time.time() - 15 * 24 * 60 * 60),
     "unknown user": cookie(session("0" * 24)), "no id": cookie(session("not an id")),
-    "number": cookie(session(17)), "list": cookie(session(["x"])),
     "null": cookie(session(None)), "operator": cookie(session({"$gt": ""})),
     "no JSON": cookie(b"not json"), "no text": cookie(b"\xff\xfe"),
 }  # fmt: skip
@@ -977,21 +917,9 @@ async def test_session_is_encrypted_and_in_memory_named_by_the_port(serve):
     assert cookies[0][0] != cookies[1][0] and "Secure" not in cookies[0][2]
 
 
-async def test_session_on_mongodb_lasts_two_weeks_on_every_process(serve, mongodb):
-    settings = on(mongodb)
-    name, value, attributes = await session_cookie(await serve(settings))
+async def test_session_on_mongodb_lasts_two_weeks(serve, mongodb):
+    name, _, attributes = await session_cookie(await serve(on(mongodb)))
     assert name == "AIOHTTP_SESSION" and "Max-Age=1209600" in attributes
-    header = f"Cookie: {name}={value}".encode()
-    page = await raw_request(await serve(settings), b"GET /", header)
-    assert page.startswith(b"HTTP/1.1 200")
-
-
-async def test_cookies_of_a_dozen_other_applications_do_no_harm(memory):
-    (cookie,) = (await sign_in(memory)).session.cookie_jar
-    others = [f"other{number}={5_000 * 'x'}" for number in range(12)]
-    cookies = "; ".join([*others, f"{cookie.key}={cookie.value}"])
-    head = await raw_request(memory, b"GET /", b"Cookie: " + cookies.encode())
-    assert head.startswith(b"HTTP/1.1 200")
 
 
 FORM = b"application/x-www-form-urlencoded"
@@ -1039,8 +967,9 @@ async def test_form_that_trickles_is_ended(memory, monkeypatch, caplog):
 
 
 async def test_older_messages_are_on_a_plain_page(server):
+    """There, too, the markup in a message is text."""
     ann = await sign_in(server)
-    await fill(server, 120)
+    await fill(server, 120, text="<b>{}</b> &amp;")
     for path, first, last, older in (
         ("/", 71, 120, "/?before=71"), ("/?before=", 71, 120, "/?before=71"),
         ("/?before=71", 21, 70, "/?before=21"), ("/?before=21", 1, 20, None),
@@ -1049,6 +978,7 @@ async def test_older_messages_are_on_a_plain_page(server):
         page = await (await ann.get(path)).text()
         assert shown_ids(page) == list(range(first, last + 1))
         assert f'href="{older}"' in page if older else "?before=" not in page
+        assert (page.count("&lt;b&gt;"), "<b>" in page) == (last - first + 1, False)
     assert "not kept" in page
 
 
@@ -1059,13 +989,6 @@ async def test_wrong_number_in_a_url_is_a_clear_400(server, number):
         response = await ann.get(path, params={name: number})
         assert response.status == 400
         assert "number of a message" in await response.text()
-
-
-async def test_markup_in_a_message_is_text_on_the_page(server):
-    ann = await sign_in(server)
-    await say(await connect(ann), "<script>alert(1)</script> & {{ 7 * 7 }}")
-    page = await (await ann.get("/")).text()
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; {{ 7 * 7 }}" in page
 
 
 # ==============================================================================
@@ -1125,50 +1048,44 @@ async def is_stored(ws, nonce):
     return (await send(ws, "lost?", nonce))["type"] == "receipt"
 
 
-async def test_returning_reader_gets_missed_messages_in_order_and_then_welcome(server):
-    """Rule 4."""
-    ann = await sign_in(server)
-    await fill(server, 10)
-    ws = await connect(ann, after=4)
-    assert [event["id"] for event in ws.replayed] == [5, 6, 7, 8, 9, 10]
-    assert ws.welcome["last"] == 10
-    for after in None, 10, 999:
-        assert (await connect(ann, after)).replayed == []
-
-
-async def test_message_sent_during_a_replay_is_replayed(server, monkeypatch):
-    """Sending waits for a slow reader; the room goes on meanwhile."""
+async def test_returning_reader_gets_missed_messages_in_order(server, monkeypatch):
+    """Rule 4. Those sent during the replay too: the room waits for no slow reader."""
     ann, room = await sign_in(server), server.app[chat.ROOM]
-    await fill(server, 1)
+    await fill(server, 3)
+    for after in None, 3, 999:
+        assert (await connect(ann, after)).replayed == []
     send_json = chat.web.WebSocketResponse.send_json
 
     async def send_slowly(ws, event):
-        if (number := event["id"]) < 4:
-            await chat.post(room, EVE, f"{number + 1}", f"n{number + 1}")
-            await until(lambda: room.history.last > number)
+        if (number := event["id"]) < 5:
+            await chat.post(room, EVE, "x", f"during {number}")
+            await until(lambda: room.history.last == number + 2)
         await send_json(ws, event)
 
     monkeypatch.setattr(chat.web.WebSocketResponse, "send_json", send_slowly)
-    ws = await connect(ann, after=0)
-    assert [event["id"] for event in ws.replayed] == [1, 2, 3, 4]
-    assert ws.welcome["last"] == 4
+    ws = await connect(ann, after=1)
+    assert [event["id"] for event in ws.replayed] == [2, 3, 4, 5, 6]
+    assert ws.welcome["last"] == 6
 
 
-async def test_message_sent_at_the_end_of_a_replay_comes_once(server, monkeypatch):
-    """It is in the history by then, and waits for the next flush."""
+async def test_what_changes_around_a_replay_comes_once(server, monkeypatch):
+    """A message just before it waits for the next flush; one is blanked just after."""
     ann, from_bob = await sign_in(server), await connect(await sign_in(server, "bob"))
     await say(from_bob, "first")
     replay, room = chat.WebSocket.replay, server.app[chat.ROOM]
     monkeypatch.setattr(chat, "TURNS", 100_000)
 
-    async def replay_beside_a_message(*arguments):
+    async def replay_between_changes(*arguments):
         await send_only(from_bob, "second", "n2")
         await until(lambda: room.history.last == 2)
         await replay(*arguments)
+        await edit(server, 1, text="")
+        await until(lambda: room.history.events[1]["text"] == "")
 
-    monkeypatch.setattr(chat.WebSocket, "replay", replay_beside_a_message)
+    monkeypatch.setattr(chat.WebSocket, "replay", replay_between_changes)
     ws = await connect(ann, after=0)
-    assert [event["text"] for event in ws.replayed] == ["first", "second"]
+    texts = [(event["id"], event["text"]) for event in ws.replayed]
+    assert texts == [(1, "first"), (2, "second"), (1, "")]
     monkeypatch.setattr(chat, "TURNS", 6)
     await send_only(ws, "third", "n3")
     heard = [e["text"] for e in await heard_until("n3", ws) if e["type"] == "message"]
@@ -1180,11 +1097,11 @@ def event(**fields):
 
 
 BAD_EVENTS = [
-    "", "null", "[]", "17", "{}", "[" * 9_000, '{"a":' * 2_000, "9" * 5_000, "\0",
-    '{"type": "message"}', event(text=17), event(text=None), event(text=["x"]),
-    event(text="\ud800"), event(nonce="\udfff"), event(nonce=17), event(nonce=""),
-    event(nonce=65 * "n"), event(nonce="a\rb"), event(nonce="\u202e"),
-    event(type="bad"), event(type=["message"]), event()[:-1], '{"\\ud800": 1}',
+    "", "null", "[]", "17", "{}", "[" * 9_000, "9" * 5_000, '{"type": "message"}',
+    event(text=17), event(text=None), event(text=["x"]), event(text="\ud800"),
+    event(nonce="\udfff"), event(nonce=17), event(nonce=""), event(nonce=65 * "n"),
+    event(nonce="a\rb"), event(nonce="\u202e"), event(type="bad"),
+    event(type=["message"]), event()[:-1], '{"\\ud800": 1}',
 ]  # fmt: skip
 
 
@@ -1318,10 +1235,8 @@ async def stall(server, session, path="/ws"):
     lines = [f"GET {path} HTTP/1.1", "Host: localhost", "Upgrade: websocket"]
     lines += ["Connection: Upgrade", "Sec-WebSocket-Version: 13"]
     lines += ["Sec-WebSocket-Extensions: permessage-deflate"]
-    lines += [
-        f"Sec-WebSocket-Key: {22 * 'x'}==",
-        f"Cookie: {cookie.key}={cookie.value}",
-    ]
+    lines += [f"Sec-WebSocket-Key: {22 * 'x'}=="]
+    lines += [f"Cookie: {cookie.key}={cookie.value}"]
     sock.send("\r\n".join([*lines, "", ""]).encode())
     return sock
 
@@ -1464,8 +1379,6 @@ async def test_frames_that_fall_due_together_leave_in_one_write(memory):
 # ==============================================================================
 # 6. Routes and static
 # ==============================================================================
-
-
 async def test_every_page_has_the_security_headers_and_answers_head(memory):
     """A WebSocket has none of them: it would keep them in memory for hours."""
     ann = await sign_in(memory)
@@ -1483,27 +1396,20 @@ async def test_every_page_has_the_security_headers_and_answers_head(memory):
     assert "Content-Security-Policy" not in (await connect(ann))._response.headers
 
 
-FRAMES = [
-    ("127.0.0.1:8080", "", "'self' http://127.0.0.1:*"),
-    ("localhost", "", "'self' http://localhost:*"),
-    ("[::1]:8080", "", "'self' http://[::1]:*"), ("chat.example", ORIGIN, "'self'"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("host", "set_to", "framed_by"), FRAMES)
-async def test_page_may_be_framed_by_this_host(serve, host, set_to, framed_by):
+async def test_page_may_be_framed_by_another_port_of_its_host(memory):
     """A notebook on another port shows the chat in a frame."""
-    visitor = await (await serve(chat.Settings(ORIGIN=set_to))).visitor()
-    response = await visitor.get("/login", headers={"Host": host})
-    policy = response.headers["Content-Security-Policy"]
-    assert policy.partition("frame-ancestors ")[2] == framed_by
+    visitor = await memory.visitor()
+    for host in "127.0.0.1", "localhost", "[::1]":
+        response = await visitor.get("/login", headers={"Host": f"{host}:8080"})
+        policy = response.headers["Content-Security-Policy"]
+        assert policy.endswith(f"; frame-ancestors 'self' http://{host}:*")
 
 
 ODD = [
-    b"Host:", b"\xff: x", b"X: " + 9_000 * b"y", b"Expect: rubbish", b"Host: [::1",
+    b"Host:", b"\xff: x", b"X: " + 70_000 * b"y", b"Expect: rubbish", b"Host: [::1",
     b"Transfer-Encoding: rubbish", b"Content-Length: -1", b"Upgrade: rubbish",
-    b"Cookie: =;;=\xff; \x01", b"Origin: \xff\xfe", b"Referer: http://[", b"Host: \xff",
-    b"Content-Type: \xff; charset=\xfe", b"Accept-Encoding: \xff",
+    b"Cookie: =;;=\xff; \x01", b"Origin: \xff\xfe", b"Referer: http://[",
+    b"Content-Type: \xff; charset=\xfe",
 ]  # fmt: skip
 
 
@@ -1616,12 +1522,11 @@ def test_repeated_line_is_logged_once_a_minute(monkeypatch, caplog, name):
 
 
 def test_what_prevents_the_start_is_one_line_that_names_the_setting(start):
-    """A MongoDB that never answers, a file that is not there, a taken port …"""
-    tls = "mongodb://127.0.0.1/?tls=true&tlsCAFile=/nowhere"
+    """A MongoDB that never answers, a taken port, a name that nobody has …"""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         wrong = [{"MONGO_HOST": f"mongodb://ann:s3cret@127.0.0.1:{port}/"}]
-        wrong += [{"MONGO_HOST": tls}, {"PORT": port}, {"SITE_HOST": "1.2.3.4"}]
+        wrong += [{"PORT": port}, {"SITE_HOST": "1.2.3.4"}]
         wrong += [{"SITE_HOST": host} for host in ("host.invalid", "a..b", "x" * 70)]
         for process in [start(**settings, SECRET_KEY=KEY) for settings in wrong]:
             code, _, errors = process.end(60)
