@@ -66,7 +66,6 @@ def start():
 @pytest.fixture(scope="session")
 def mongodb(tmp_path_factory):
     """The URI of a replica set with one member."""
-    parts.need_mongod()
     replica_set = parts.ReplicaSet(tmp_path_factory.mktemp("mongodb"), size=1)
     yield replica_set.uri
     replica_set.kill()
@@ -78,7 +77,6 @@ def own_mongodb(tmp_path, monkeypatch):
     monkeypatch.setattr(chat, "DEADLINE", 2)
     for name in "timeoutMS", "serverSelectionTimeoutMS":
         monkeypatch.setitem(chat.CLIENT_OPTIONS, name, 2_000)
-    parts.need_mongod()
     replica_set = parts.ReplicaSet(tmp_path, size=1)
     yield replica_set.members[0]
     replica_set.kill()
@@ -87,7 +85,6 @@ def own_mongodb(tmp_path, monkeypatch):
 @pytest.fixture
 def standalone(tmp_path):
     """A server that is no member of a replica set."""
-    parts.need_mongod()
     mongod = parts.Mongod(tmp_path / "standalone")
     yield mongod
     mongod.kill()

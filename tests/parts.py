@@ -164,7 +164,7 @@ class Mongod:
     def start(self):
         address = ["--bind_ip", "127.0.0.1", "--port", str(self.port)]
         store = ["--dbpath", self.folder, "--wiredTigerCacheSizeGB", "0.25"]
-        command = [find_mongod(), *address, *store, "--quiet", *self.options]
+        command = [need_mongod(), *address, *store, "--quiet", *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self.command("ping")
 
@@ -288,9 +288,8 @@ async def launch_chromium():
     path = program("chromium", "chromium-browser", "google-chrome")
     async with playwright.async_playwright() as driver:
         options = {"executable_path": path, "args": CHROMIUM_FLAGS}
-        browser = await driver.chromium.launch(**options)
-        yield browser
-        await browser.close()
+        async with await driver.chromium.launch(**options) as browser:
+            yield browser
 
 
 @contextlib.contextmanager
@@ -372,10 +371,9 @@ class FirefoxWindow(Window):
 
     async def type(self, text):
         letters, kinds = text.replace("\n", ENTER), ("keyDown", "keyUp")
-        keys = [{"type": kind, "value": key} for key in letters for kind in kinds]
-        actions = [{"type": "key", "id": "keyboard", "actions": keys}]
-        where = {"context": self.context}
-        await self.command("input.performActions", actions=actions, **where)
+        strokes = [{"type": kind, "value": key} for key in letters for kind in kinds]
+        keys = {"type": "key", "id": "keyboard", "actions": strokes}
+        await self.command("input.performActions", actions=[keys], context=self.context)
 
 
 class Firefox:
@@ -412,10 +410,8 @@ class WebKitWindow(Window):
         return await self.session("/execute/sync", script=f"return {script}", args=[])
 
     async def type(self, text):
-        element = await self.run("document.activeElement")
-        [element] = element.values()
-        text = text.replace("\n", ENTER)
-        await self.session(f"/element/{element}/value", text=text)
+        [element] = (await self.run("document.activeElement")).values()
+        await self.session(f"/element/{element}/value", text=text.replace("\n", ENTER))
 
 
 class WebKit:
