@@ -1389,7 +1389,7 @@ async def test_every_page_has_the_security_headers_and_answers_head(memory):
         assert "default-src 'self'" in policy and "unsafe" not in policy
         assert page.headers["X-Content-Type-Options"] == "nosniff"
         assert page.headers["Referrer-Policy"] == "same-origin"
-        kept = "no-store" if path in {"/", "/?before=9"} else "no-cache"
+        kept = "no-store" if path in {"/", "/?before=9", "/signin"} else "no-cache"
         assert page.headers["Cache-Control"] == kept
         text = await page.text()
         assert "<html" not in text or '<meta name="referrer" content="same-orig' in text
