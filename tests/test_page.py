@@ -518,6 +518,7 @@ async def test_what_you_read_stays_where_it_is(room, open_window):
     for change in "older.click()", unfold, "frameElement.height = 300":
         await drawn(ann, change)
         await sees(ann, older=False)
+        await drawn(ann)
         assert abs(await place(ann, 41) - before) <= 1
     await drawn(ann, f"{element(60)}.scrollIntoView()")  # long lines are above it
     before = await place(ann, 60)
