@@ -285,7 +285,7 @@ def program(*names):
 @contextlib.asynccontextmanager
 async def launch_chromium():
     playwright = need(optional("playwright.async_api"), f"no playwright: {BROWSERS}")
-    path = program("chromium", "chromium-browser", "google-chrome")
+    path = program("chromium-headless-shell", "chromium", "google-chrome")
     async with playwright.async_playwright() as driver:
         options = {"executable_path": path, "args": CHROMIUM_FLAGS}
         async with await driver.chromium.launch(**options) as browser:

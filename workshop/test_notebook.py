@@ -680,7 +680,7 @@ def test_set_up_check_fits_on_a_screen_and_ends_with_a_line_to_send():
     code, lines = set_up_check()
     assert (code, len(lines) <= 24) == (0, True)
     assert lines[-1].startswith(" READY · Python 3.") and " · receipt " in lines[-1]
-    if path := shutil.which("chromium"):
+    if path := shutil.which("chromium") or shutil.which("firefox-esr"):
         assert f"✓ Browser      {path}" in "\n".join(lines)
 
 
