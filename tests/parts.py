@@ -133,8 +133,11 @@ def wait_for(claim, seconds=20):
 
 
 async def until(claim, seconds=20):
-    """Wait, while the chat in this process goes on, until a claim or a query holds."""
-    deadline = time.monotonic() + seconds
+    """Wait, while the chat in this process goes on, until a claim or a query holds.
+
+    Look less and less often: to ask a browser costs several milliseconds.
+    """
+    deadline, pause = time.monotonic() + seconds, 0.01
     while True:
         found = claim()
         if inspect.isawaitable(found):
@@ -142,7 +145,8 @@ async def until(claim, seconds=20):
         if found:
             return found
         assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(pause)
+        pause = min(1.3 * pause, 0.1)
 
 
 # --- Real parts: MongoDB ---

@@ -156,18 +156,17 @@ class Window:
 
     def __init__(self, ws):
         self.ws, self.welcome, self.events = ws, ws.welcome, list(ws.replayed)
+        self.receipts = {}  # numbers by nonce
         self.task = asyncio.create_task(self.listen())
 
     async def listen(self):
         async for frame in self.ws:
-            self.events.append(json.loads(frame.data))
+            self.events.append(event := json.loads(frame.data))
+            if event["type"] == "receipt":
+                self.receipts[event["nonce"]] = event["id"]
 
     def heard(self, kind):
         return [event for event in self.events if event["type"] == kind]
-
-    @property
-    def receipts(self):
-        return {event["nonce"]: event["id"] for event in self.heard("receipt")}
 
     @property
     def texts(self):
