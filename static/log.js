@@ -233,7 +233,7 @@ const hold = (line) => { place = { line, top: line && topOf(line) - topOf(log) }
 function remember() {
   following = log.scrollTop > -5; // within 5 pixels: browsers round
   if (following) return showEnd();
-  const grown = heightOf(messages) - height;
+  const grown = height && heightOf(messages) - height; // 0: it was never laid out
   const top = topOf(log) - grown;
   const lines = [...messages.querySelectorAll(":scope > :not(.day)")];
   hold(lines.find((line) => topOf(line) + heightOf(line) > top));
@@ -306,6 +306,7 @@ async function loadOlder() {
 }
 
 function prepend(items) {
+  settle(); // what has come below
   const former = messages.querySelector("[data-id]");
   messages.prepend(...items);
   items.forEach(present);
