@@ -584,10 +584,10 @@ async def test_a_gateway_is_not_believed(room, between, stack, open_window, stat
     await told(ann, "#reason", "chat's place" if status == 302 else "does not answer")
     await ann.click("#older")
     await told(ann, "#older-note", "could not be loaded")
-    await hurry(ann, retry=1_000)
-    await asyncio.sleep(1)
+    await ann.run("""void (window.said = [], new MutationObserver(() =>
+        said.push(reason.textContent)).observe(reason, { childList: true }))""")
     await ann.click("#signout button")
-    await told(ann, "#reason", "still signed in")
+    await ann.wait("said.some((text) => text.includes('still signed in'))")
     await sees(ann, path="/")
     between.connect_to(room.port)
     await ann.run("dispatchEvent(new Event('online'))")
