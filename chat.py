@@ -1251,9 +1251,9 @@ async def run_room(app: web.Application):
                 await room.caught_up.wait()
             await look(room)  # who is online, before the first request
             yield
-        with suppress(*DATABASE_ERRORS):  # the entry expires by itself
-            await db.mongo.processes.delete_one({"_id": room.process})
-        with pymongo.timeout(2):  # close first, or during an outage `follow` ends late
+        with pymongo.timeout(2):  # seconds in all: the database may be away
+            with suppress(*DATABASE_ERRORS):  # the entry expires by itself
+                await db.mongo.processes.delete_one({"_id": room.process})
             db.mongo.client.close()
         for task in tasks:
             task.cancel()

@@ -116,6 +116,7 @@ def cable(mongodb):
     with parts.running(sys.executable, "-c", CABLE, *ports) as process:
         process.uri = f"mongodb://127.0.0.1:{ports[0]}/?directConnection=true"
         yield process
+        process.send_signal(signal.SIGCONT)  # a frozen one does not end
 
 
 class Person:
@@ -447,6 +448,15 @@ async def test_presence_comes_back_and_ages_by_mongodbs_clock(place, person, tmp
 
 
 # --- The database dies ---
+async def test_process_stops_within_ten_seconds_though_mongodb_is_silent(place, cable):
+    """Docker kills it then."""
+    [process] = await place.start({"MONGO_HOST": cable.uri})
+    parts.freeze(cable)
+    await asyncio.sleep(chat.DEADLINE + 1)  # it opens the stream again
+    code, _, errors = await asyncio.to_thread(process.stop, signal.SIGTERM, 10)
+    assert (code, "Traceback" in errors) == (0, False)
+
+
 def kill_streams(client):
     """Kill every cursor that follows changes, idle or waiting."""
     everything = {"$currentOp": {"allUsers": True, "idleCursors": True}}
