@@ -407,7 +407,7 @@ async def test_memory_holds_the_newest_messages_and_a_gap_can_be_seen(memory):
     for number in range(1, 2 * kept + 11):
         await chat.post(room, EVE, f"{number}", f"{number}")
         if number % 100 == 0:
-            assert await room.db.messages.estimated_document_count() <= 2 * kept
+            assert await room.db.messages.estimated_document_count() <= kept
     await until(lambda: room.history.last == number)
     assert len(room.history.events) == len(room.history.receipts) == kept
     ann = await sign_in(memory)
@@ -1216,6 +1216,7 @@ async def test_users_see_each_other_come_and_go_once_for_all_their_tabs(server):
     for tab in tabs:  # a reload of both
         await tab.close()
     await until(lambda: "bob" in server.app[chat.ROOM].missing)
+    await asyncio.sleep(0.8)  # another look misses him, too
     tabs = [await connect(bob) for _ in range(2)]
     await tabs[0].close()
     await asyncio.sleep(chat.GRACE + 1)
