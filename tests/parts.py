@@ -289,6 +289,7 @@ def program(*names):
 @contextlib.asynccontextmanager
 async def launch_chromium():
     playwright = need(optional("playwright.async_api"), f"no playwright: {BROWSERS}")
+    # Chromium without a window around its pages: each costs a third.
     path = program("chromium-headless-shell", "chromium", "google-chrome")
     async with playwright.async_playwright() as driver:
         options = {"executable_path": path, "args": CHROMIUM_FLAGS}
