@@ -7,7 +7,7 @@ A 2016 article (https://habr.com/ru/post/300942/) built a chat to show what aioh
 do. This is that chat today. Four rules let it lose nothing:
 
 1. A process inserts number n + 1 only after it knows that n is stored. So numbers have
-   no gaps (but for foreign documents), and their order is the order of the stream.
+   no gaps (except foreign documents), and their order is the order of the stream.
    Kept by `post`, `save`, `apply` and `History.remember`.
 2. A message is broadcast only when the database gives it back, in the stream or in a
    read. So you never see what is not stored.
@@ -189,11 +189,11 @@ PUBLIC = {"login", "signin", "static", None}  # None: an unknown URL, a 404
 
 @web.middleware
 async def own_origin(request: web.Request, handler) -> web.StreamResponse:
-    """Reject requests for another host (421) and from another site's page (403).
+    """Reject another site's pages (403) and, if ORIGIN is unset, other hosts (421).
 
     Otherwise another site's page could post our forms with the visitor's cookie (CSRF),
     or read our WebSocket, which the same-origin policy does not cover. Browsers send
-    Origin with both. A client that sends none isn't one, so it has no victim's cookie.
+    Origin with both. A client without Origin is no browser: it has no victim's cookie.
     """
     # Let others run first: a client may send 1,500 requests at once, and aiohttp starts
     # each without yielding to the event loop. All messages would wait for them.
@@ -273,7 +273,7 @@ def path_for(request: web.Request, name: str) -> str:
 # 3. Database and models
 #
 # We talk to MongoDB through Motor; without a MongoDB, mongomock-motor answers the same
-# calls in memory. Every query stands in a function of this section.
+# calls in memory. All queries but one stand in functions of this section.
 #
 # Beyond the article: the database also notifies us. Each write comes back as a change,
 # in a stream that is the same for all processes. Each room listens to this stream and
@@ -288,9 +288,9 @@ def path_for(request: web.Request, name: str) -> str:
 #   {"_id": ObjectId("6b…"), "names": ["ann", "bob"], "seen": datetime(2026, …)}
 #
 # Motor's successor is PyMongo's AsyncMongoClient; mongomock-motor cannot stand in for
-# it yet. Only this section would change.
+# it yet. Little outside this section would change.
 # ------------------------------------------------------------------------------
-DEADLINE = 5  # the longest wait for the database or for a form, in seconds
+DEADLINE = 5  # the longest wait for a query or for a form, in seconds
 LARGEST_NUMBER = 1 << 53  # JavaScript holds no larger one exactly
 HISTORY_SIZE = 1_000  # newest messages kept by each process
 DATABASE_ERRORS = (PyMongoError, TimeoutError)
@@ -376,7 +376,7 @@ class MemoryDatabase(Database):
     shared = False
 
     async def insert(self, message: dict) -> None:
-        """Store a message. At each 1,000th, move the others to `older`, over those."""
+        """Store a message. At each 1,000th, rename the rest: it replaces `older`."""
         if message["_id"] % HISTORY_SIZE == 0:  # 0.1 ms; deleting takes 25 to 50 ms
             await self.messages.rename("older", dropTarget=True)
         await super().insert(message)
@@ -397,7 +397,7 @@ class MemoryDatabase(Database):
 
 
 async def open_database(settings: Settings) -> Database:
-    """Connect. Raises CannotStart, after DEADLINE at most, or while indexes build."""
+    """Connect, and wait until the indexes are built. Raises CannotStart."""
     uri, client = settings.MONGO_HOST, None
     hidden, _, host = uri.rpartition("@")
     if not uri:
@@ -625,7 +625,7 @@ class SignIn(Login):
 
         A double click sends the form twice. So a taken name with the right password
         signs in, if the account is younger than a minute; an older one may belong to
-        another ann with the same weak password. Both count as attempts, or signing up
+        another ann with the same weak password. Each form is an attempt, or signing up
         would be a way to guess passwords.
         """
         if errors := dict(find_errors(form)):
@@ -828,8 +828,8 @@ class WebSocket(web.View):
 
         Flush first: what waits in `frames` was in the replay, and would come twice.
         Don't await between the end of the replay and `live`, or this socket would miss
-        broadcasts. Then send removed messages again (they have no text): one may have
-        been removed after its replay. Other edits need a reload.
+        broadcasts. Then send removed messages again (an operator blanked them): one may
+        have been removed after its replay. Other edits need a reload.
         """
         flush(self.room)
         self.live = True
@@ -897,7 +897,7 @@ class WebSocket(web.View):
 async def post(room: Room, user: dict, text: str, nonce: str) -> int:
     """Store a message and return its number. A retry returns the same number.
 
-    After DATABASE_ERRORS, the message may have been stored, or may still be. The client
+    After DATABASE_ERRORS, the message may be stored already, or soon. The client
     finds out when it retries with the same nonce. Nothing is broadcast here: the
     message comes back through the stream.
     """
@@ -932,7 +932,7 @@ async def follow(room: Room) -> None:
 async def catch_up(room: Room) -> None:
     """Read what was written before the stream was open; broadcast what differs.
 
-    A message stored during this read also arrives in the stream. `apply` knows it then.
+    A message stored during this read also arrives in the stream. `apply` skips it then.
     """
     history = History()
     for event in await newest(room.db, HISTORY_SIZE):
@@ -987,12 +987,12 @@ class History:
     def __init__(self) -> None:
         self.events: dict[int, dict] = {}
         self.receipts: dict[tuple[str, str], int] = {}  # by user's name and nonce
-        # The newest number that came back through the stream, and the newest known to
-        # be stored. That one is ahead until its change arrives.
+        # The newest number that came back, in the stream or in a read; and the newest
+        # known to be stored, which is ahead until its change arrives.
         self.last = self.stored = 0
 
     def add(self, event: dict, operation: str = "") -> bool:
-        """Keep an event, new or changed. Return False if it is known."""
+        """Keep an event unless it is older than all. Return whether to broadcast it."""
         number, known = event["id"], self.events.get(event["id"])
         if operation == "insert" and known and known["nonce"] == event["nonce"]:
             return False  # `catch_up` has read it, and it may have been removed since
@@ -1084,7 +1084,7 @@ async def close(room: Room, chosen, code=WSCloseCode.GOING_AWAY, after=0) -> Non
 
 # --- Presence ---
 async def keep_presence(room: Room) -> None:
-    """Ask twice a second who is online, for as long as the application runs."""
+    """Ask again and again who is online, for as long as the application runs."""
     while True:
         await asyncio.sleep(PAUSE if room.online else IDLE)
         await look(room)
@@ -1093,24 +1093,24 @@ async def keep_presence(room: Room) -> None:
 async def look(room: Room) -> None:
     """Exchange names with the other processes, and announce who came and who left.
 
-    During an outage, take all names known so far for present, or an outage would look
-    like a departure of all users.
+    After an outage, the other processes may come back later than this one. So count
+    from FRESH seconds later, or it would look like a departure of their users.
     """
     began, present = time.monotonic(), {s.user["name"] for s in room.sockets if s.live}
     try:
         if room.db.shared:
             present = await exchange_names(room.db, room.process, present)
+        announce(room, present, began)
     except DATABASE_ERRORS as error:
         log.warning("Presence could not be exchanged: %s", reason(error))
-        present |= room.online
-    announce(room, present, began)
+        room.missing = dict.fromkeys(room.online, time.monotonic() + FRESH)
 
 
 def announce(room: Room, present: set[str], began: float) -> None:
     """Broadcast `joined`, and `left` for each name that was missing for GRACE seconds.
 
     So a reload, a move to another process and a restart show nothing. Answers may be
-    slow: count from the end of the first look that missed a name to the start of this.
+    slow: count from the end of the first look without a name to the start of this one.
     """
     now, missing = time.monotonic(), room.online - present
     room.missing = {name: room.missing.get(name, now) for name in missing}
@@ -1135,7 +1135,7 @@ def is_blank(text: str) -> bool:
 # ------------------------------------------------------------------------------
 # 6. Routes and static
 #
-# All routes are in one table: path, handler, name. The rest of the code refers to
+# All views are in one table: path, handler, name. The rest of the code refers to
 # routes by name, so a path can change. Beyond the article: a Content-Security-Policy.
 # ------------------------------------------------------------------------------
 ROUTES = [
@@ -1246,7 +1246,7 @@ async def run_room(app: web.Application):
     async with room.tasks:
         work = follow(room), keep_presence(room), keep_alive(room)
         tasks = [room.tasks.create_task(watched(one)) for one in work]
-        with suppress(TimeoutError):
+        with suppress(TimeoutError):  # then nothing is served, and the last line raises
             async with asyncio.timeout(DEADLINE):
                 await room.caught_up.wait()
             await look(room)  # who is online, before the first request

@@ -1,7 +1,5 @@
 """Tests with several real processes: one room, and nothing is lost when something dies.
 
-    python -m pytest tests/test_faults.py
-
 They stop, kill and freeze processes of the chat and members of a replica set, and do
 what operators do to a database, while people write. Mostly they wait: use `-n 4`.
 """
@@ -469,7 +467,7 @@ def kill_streams(client):
 
 
 @contextlib.asynccontextmanager
-async def fault_of(kind, replica_set, client):
+async def fault_of(kind, replica_set, client, process):
     primary = await asyncio.to_thread(replica_set.primary)
     match kind:
         case "primary killed":
@@ -483,8 +481,12 @@ async def fault_of(kind, replica_set, client):
         case "all killed":
             replica_set.kill()
             await asyncio.sleep(chat.FRESH + 1)  # longer than its entries count
+            parts.freeze(process.process)  # it comes back later than the other
             for member in replica_set.members:
                 await asyncio.to_thread(member.start)
+            await asyncio.to_thread(replica_set.primary)
+            await asyncio.sleep(2 * chat.GRACE + 2)
+            process.process.send_signal(signal.SIGCONT)
             yield
         case "streams killed":
             await asyncio.to_thread(kill_streams, client)
@@ -501,7 +503,9 @@ async def test_fault_of_mongodb_is_a_pause(start, replica_set, person, kind):
     one, other = await place.start({}, {})
     ann, bob = Talker(person("ann"), one), Talker(person("bob"), other)
     await go_on(ann, bob)
-    async with fault_of(kind, replica_set, place.client):
+    await ann.windows[0].sees("bob")
+    await bob.windows[0].sees("ann")
+    async with fault_of(kind, replica_set, place.client, other):
         await go_on(ann, bob)
     await go_on(ann, bob)
     assert len(ann.windows) == len(bob.windows) == 1  # nobody was disconnected

@@ -1,9 +1,8 @@
 """Tests of the page, in real browsers; each name is a claim.
 
 Tests of what depends on the engine run in Chromium, Firefox and WebKit, the others in
-Chromium. The browsers outlive a test, so all these tests share one event loop. The page
-has its intervals in `data-` attributes; `hurry` shortens them, so that tests are fast.
-"""
+Chromium. The browsers outlive a test, so all tests here share one event loop. `hurry`
+shortens the page's intervals."""
 
 import asyncio
 import contextlib
@@ -1106,7 +1105,6 @@ async def test_forms_and_history_work_without_javascript(room, open_page):
     await bob.page.wait_for_url("**/login")
 
 
-# --- It says why ---
 REASONS = {400: "blocks WebSockets", 429: "too many windows", 503: "out of service"}
 
 
