@@ -18,7 +18,7 @@ let queue = []; // events that are not in the list: before `welcome`, and far be
 let incomplete = false; // the queue has dropped its first events, so the list has a gap
 let following = true; // whether the newest message is in sight
 let place = {}; // above the end: the first line in sight, and how far it is from the top
-let height = 0; // of the list, when it was last laid out
+let excess = 0; // how much higher the list was than the log, when they were last laid out
 let unseen = 0; // messages that came while the page or its end was out of sight
 let zone; // the time zone of all times that are shown
 let loading = false; // older messages, one request at a time
@@ -228,12 +228,12 @@ const heightOf = (element) => element.getBoundingClientRect().height;
 
 const hold = (line) => { place = { line, top: line && topOf(line) - topOf(log) }; };
 
-// A scroll event may come after a message, and before the layout is settled: then `grown`
-// says how far the message has moved the lines already.
+// A scroll event may come after a message, or a new size of the window, and before the
+// layout is settled: then `grown` says how far that has moved the lines already.
 function remember() {
   following = log.scrollTop > -5; // within 5 pixels: browsers round
   if (following) return showEnd();
-  const grown = height && heightOf(messages) - height; // 0: it was never laid out
+  const grown = excess && heightOf(messages) - heightOf(log) - excess; // 0: no layout yet
   const top = topOf(log) - grown;
   const lines = [...messages.querySelectorAll(":scope > :not(.day)")];
   hold(lines.find((line) => topOf(line) + heightOf(line) > top));
@@ -242,7 +242,7 @@ function remember() {
 
 // The browser calls this when a height has changed, before it paints.
 function settle() {
-  height = heightOf(messages);
+  excess = heightOf(messages) - heightOf(log);
   const moved = place.line?.isConnected ? topOf(place.line) - topOf(log) - place.top : 0;
   if (!following) log.scrollTop += moved;
 }
@@ -312,7 +312,7 @@ function prepend(items) {
   items.forEach(present);
   arrange(former);
   offerOlder();
-  height = heightOf(messages);
+  settle();
 }
 
 // --- Who is online: one name in or out moves one item ---

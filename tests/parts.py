@@ -133,11 +133,8 @@ def wait_for(claim, seconds=20):
 
 
 async def until(claim, seconds=20):
-    """Wait, while the chat in this process goes on, until a claim or a query holds.
-
-    Look less and less often: to ask a browser costs several milliseconds.
-    """
-    deadline, pause = time.monotonic() + seconds, 0.01
+    """Wait, while the chat in this process goes on, until a claim or a query holds."""
+    deadline, pause = time.monotonic() + seconds, 0.01  # longer each time: asking costs
     while True:
         found = claim()
         if inspect.isawaitable(found):

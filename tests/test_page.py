@@ -514,7 +514,8 @@ async def test_what_you_read_stays_where_it_is(room, open_window):
     await room.post(*["news " * 30] * 9)
     await told(ann, "#new", "9 new messages")
     unfold = element("[data-id='41'] summary") + ".click()"
-    for change in "older.click()", unfold, "frameElement.height = 300":
+    smaller = "frameElement.height = 300, log.dispatchEvent(new Event('scroll'))"
+    for change in "older.click()", unfold, smaller:
         await drawn(ann, change)
         await sees(ann, older=False)
         await drawn(ann)
