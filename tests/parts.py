@@ -287,9 +287,9 @@ def program(*names):
 async def launch_chromium():
     playwright = need(optional("playwright.async_api"), f"no playwright: {BROWSERS}")
     # Chromium without a window around its pages: each costs a third.
-    path = program("chromium-headless-shell", "chromium", "google-chrome")
+    names = "chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"
     async with playwright.async_playwright() as driver:
-        options = {"executable_path": path, "args": CHROMIUM_FLAGS}
+        options = {"executable_path": program(*names), "args": CHROMIUM_FLAGS}
         async with await driver.chromium.launch(**options) as browser:
             yield browser
 
