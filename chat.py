@@ -774,7 +774,7 @@ class Room:
         self.sockets: dict[WebSocket, None] = {}
         self.frames: list[bytes] = []  # broadcasts that wait for the next `flush`
         self.online: set[str] = set()  # names announced as online
-        self.missing: dict[str, float] = {}  # those of them that are gone, since when
+        self.missing: dict[str, float] = {}  # of these, and since when it counts
         cache = functools.lru_cache(10_000)  # of the least recently used, forget some
         burst, rate = settings.MESSAGE_BURST, settings.MESSAGES_PER_SECOND
         self.frame_limiter = cache(lambda user_id: AsyncLimiter(burst, burst / rate))

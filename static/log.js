@@ -240,7 +240,7 @@ function remember() {
   place.top += grown;
 }
 
-// The browser calls this when a height has changed, before it paints.
+// When a height has changed, the browser calls this before it paints.
 function settle() {
   excess = heightOf(messages) - heightOf(log);
   const moved = place.line?.isConnected ? topOf(place.line) - topOf(log) - place.top : 0;
@@ -306,7 +306,7 @@ async function loadOlder() {
 }
 
 function prepend(items) {
-  settle(); // what has come below
+  settle(); // what has come below moves your place; what is put in here does not
   const former = messages.querySelector("[data-id]");
   messages.prepend(...items);
   items.forEach(present);
